@@ -1,0 +1,164 @@
+r"""Attention on tensors: no modules, no names. This file chooses a backend, or says why each refused.
+
+Attention with positive random features is exactly two softmax attentions chained through m landmarks, the
+rows of the weight matrix. With log-features :math:`\log\varphi_i(q) = u_i\cdot q + \tfrac12 a_i + \ldots` and
+:math:`\log\varphi_i(k) = w_i\cdot k + \tfrac12 a_i + t(k)`:
+
+.. math::
+    O_i = \sum_n \mathrm{softmax}_n(w_i\cdot k_n + t_n)\, v_n, \qquad
+    L_i = \log\sum_n e^{w_i\cdot k_n + t_n}, \qquad
+    \mathrm{out} = \sum_i \mathrm{softmax}_i(u_i\cdot q + a_i + L_i)\, O_i
+
+Terms of a query alone cancel. No epsilon, no overflow, and the output stays in the convex hull of the values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spectraformer.ops import cpu, reference
+from spectraformer.ops.hadamard import hadamard
+from spectraformer.ops.precision import compute_dtype, full_precision
+from spectraformer.ops.streaming import AttentionState, absorb, advance, empty_state, merge, readout
+
+BACKENDS = ("auto", "cpu", "torch")
+
+__all__ = [
+    "BACKENDS",
+    "AttentionState",
+    "absorb",
+    "advance",
+    "causal_landmark_attention",
+    "compute_dtype",
+    "empty_state",
+    "full_precision",
+    "hadamard",
+    "landmark_attention",
+    "merge",
+    "readout",
+]
+
+
+def landmark_attention(
+    query: Tensor,  # (b, h * g, n, d)
+    key: Tensor,  # (b, h, s, d)
+    value: Tensor,  # (b, h, s, e)
+    query_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    key_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    landmark_bias: Tensor,  # (b | 1, h | 1, m)
+    key_bias: Tensor,  # (b, h, s)
+    backend: str = "auto",
+) -> Tensor:  # (b, h * g, n, e)
+    """Two softmax attentions chained through landmarks: queries attend to landmarks, landmarks to keys.
+
+    Args:
+        query: Queries; g query heads share a key head.
+        key: Keys.
+        value: Values, any value dim e.
+        query_landmarks: Rows u_i that queries see.
+        key_landmarks: Rows w_i that keys see.
+        landmark_bias: a_i, both sides together.
+        key_bias: t_n, any additive log-weight of a key; -inf removes the key.
+        backend: "auto", "cpu" (torch's fused CPU attention) or "torch" (plain torch).
+
+    Returns:
+        Attention output in float32 (float64 if any operand is), 0 where every key is removed.
+
+    Raises:
+        ValueError: If the backend is unknown or refuses, with every reason.
+    """
+    b, h, s, _ = key.shape
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
+    )
+    heads, n = query.shape[1:3]
+    if n == 0 or s == 0:
+        return value.new_zeros(b, heads, n, value.shape[-1])
+    any_key = (key_bias > float("-inf")).any(-1)  # (b, h)
+    key_bias = torch.where(any_key.unsqueeze(-1), key_bias, 0.0)
+    with full_precision(query.device):
+        run = cpu if _choose(backend, query, key, value) == "cpu" else reference
+        out = run.landmark_attention(
+            query.reshape(b, h, -1, query.shape[-1]),
+            key,
+            value,
+            query_landmarks,
+            key_landmarks,
+            landmark_bias,
+            key_bias,
+        )
+    out = torch.where(any_key[:, :, None, None], out, 0.0)
+    return out.reshape(b, heads, n, -1)
+
+
+def causal_landmark_attention(
+    query: Tensor,  # (b, h * g, n, d)
+    key: Tensor,  # (b, h, n, d)
+    value: Tensor,  # (b, h, n, e)
+    query_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    key_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    landmark_bias: Tensor,  # (b | 1, h | 1, m)
+    key_bias: Tensor,  # (b, h, n)
+    state: AttentionState,
+) -> tuple[Tensor, AttentionState]:
+    """As :func:`landmark_attention`, query t seeing the state and keys 0..t only; linear in n.
+
+    Returns:
+        Output, (b, h * g, n, e), and the state after the last key.
+    """
+    h = key.shape[1]
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
+    )
+    if key.shape[2] == 0:
+        return value.new_zeros(*query.shape[:3], value.shape[-1]), state
+    with full_precision(query.device):
+        out, state = reference.causal_landmark_attention(
+            query.reshape(query.shape[0], h, -1, *query.shape[2:]),
+            key,
+            value,
+            query_landmarks,
+            key_landmarks,
+            landmark_bias,
+            key_bias,
+            state,
+        )
+    return out.flatten(1, 2), state
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    landmark_bias: Tensor,
+    key_bias: Tensor,
+) -> tuple[Tensor, ...]:
+    """One dtype for all, and landmarks expanded to every batch item and head (a view, no copy)."""
+    b, h = key.shape[:2]
+    dtype = compute_dtype(query, key, value)
+    m, d = query_landmarks.shape[-2:]
+    return (
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        query_landmarks.to(dtype).expand(b, h, m, d),
+        key_landmarks.to(dtype).expand(b, h, m, d),
+        landmark_bias.to(dtype).expand(b, h, m),
+        key_bias.to(dtype).expand(b, h, key.shape[2]),
+    )
+
+
+def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return "torch"
+    reasons = cpu.refusals(query, key, value)
+    if not reasons:
+        return "cpu"
+    if backend == "cpu":
+        raise ValueError("backend 'cpu' cannot run here: " + "; ".join(reasons) + "; use backend='auto'")
+    return "torch"
