@@ -1,0 +1,238 @@
+r"""The two forms a pair of feature sets can take: exponentials of affine functions, and signed features.
+
+Legend: b batch, h key heads, g query heads per key head, n queries, s keys, d head dim, f features, e value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectraformer import ops
+from spectraformer.weights.base import Projection
+
+# Elements of one block of explicit features of one side: bounds memory at any length, 64 MiB in float32.
+BLOCK_ELEMENTS = 1 << 24
+CAUSAL_CHUNK = 64
+
+
+class Features(NamedTuple):
+    """Explicit features ``sign * exp(log)``; ``log`` may end in 1 where a token's features share it."""
+
+    log: Tensor  # (b, h, n, f | 1)
+    sign: Tensor | None  # (b, h, n, f); None where every feature is positive
+
+    def dense(self) -> Tensor:
+        """Phi itself, (b, h, n, f); may overflow where exp(log) does."""
+        scale = torch.exp(self.log)
+        return scale if self.sign is None else scale * self.sign
+
+
+class Attended(NamedTuple):
+    """What attending returns: output (b, h * g, n, e), unsafe denominators if signed, the causal state."""
+
+    out: Tensor
+    unsafe: Tensor | None = None
+    state: ops.AttentionState | None = None
+
+
+def fold_groups(x: Tensor, heads: int) -> Tensor:  # (b, h * g, n, d) -> (b, h, g * n, d)
+    """Puts the query heads that share a key head into the token dimension."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Exponential:
+    r"""Positive features, exponentials of affine functions: attention is two chained softmaxes.
+
+    .. math:: \log\varphi_i(q) = u_i\cdot q + \tfrac12 a_i + r(q), \quad
+        \log\varphi_i(k) = w_i\cdot k + \tfrac12 a_i + t(k)
+
+    Attributes:
+        query: Queries as the landmarks see them, (b, h * g, n, d).
+        key: Keys as the landmarks see them, (b, h, s, d).
+        query_landmarks: u, (b | 1, h | 1, m, d).
+        key_landmarks: w, (b | 1, h | 1, m, d).
+        landmark_bias: a, (b | 1, h | 1, m).
+        key_bias: t, (b, h, s), -inf where a key is padding.
+        query_bias: r, computed on demand because attention does not need it, (b, h * g, n).
+    """
+
+    query: Tensor
+    key: Tensor
+    query_landmarks: Tensor
+    key_landmarks: Tensor
+    landmark_bias: Tensor
+    key_bias: Tensor
+    query_bias: Callable[[], Tensor]
+
+    @property
+    def feature_dim(self) -> int:
+        """f: here the number of landmarks m."""
+        return self.query_landmarks.shape[-2]
+
+    def features(self) -> tuple[Features, Features]:
+        """Explicit log-features of queries, (b, h * g, n, m), and keys, (b, h, s, m)."""
+        dtype = ops.compute_dtype(self.query, self.key, self.query_landmarks)
+        heads = self.key.shape[1]
+        with ops.full_precision(self.query.device):
+            half = 0.5 * self.landmark_bias.to(dtype).unsqueeze(-2)
+            folded = fold_groups(self.query.to(dtype), heads)
+            log_query = (folded @ self.query_landmarks.to(dtype).mT + half).reshape(
+                *self.query.shape[:3], self.feature_dim
+            )
+            log_key = self.key.to(dtype) @ self.key_landmarks.to(dtype).mT + half
+            return (
+                Features(log_query + self.query_bias().to(dtype).unsqueeze(-1), None),
+                Features(log_key + self.key_bias.to(dtype).unsqueeze(-1), None),
+            )
+
+    def attend(
+        self,
+        value: Tensor,  # (b, h, s, e)
+        *,
+        state: ops.AttentionState | None = None,
+        backend: str = "auto",
+    ) -> Attended:
+        """Attention output, (b, h * g, n, e); causal from ``state`` if one is given."""
+        operands = (
+            self.query,
+            self.key,
+            value,
+            self.query_landmarks,
+            self.key_landmarks,
+            self.landmark_bias,
+            self.key_bias,
+        )
+        if state is not None:
+            out, after = ops.causal_landmark_attention(*operands, state)
+            return Attended(out, state=after)
+        return Attended(ops.landmark_attention(*operands, backend))
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Features that may be negative: explicit, computed block by block, with a guarded denominator.
+
+    Attributes:
+        query: Query tokens the features are functions of, (b, h * g, n, d).
+        key: Key tokens likewise, (b, h, s, d).
+        query_features: Features of a block of folded query tokens, (b, h, r, d) -> (b, h, r, f).
+        key_features: Features of a block of key tokens.
+        query_bias: Log-factor of each query, on demand, (b, h * g, n).
+        key_bias: Log-factor of each key, (b, h, s), -inf where a key is padding.
+        feature_dim: f.
+    """
+
+    query: Tensor
+    key: Tensor
+    query_features: Callable[[Tensor], Features]
+    key_features: Callable[[Tensor], Features]
+    query_bias: Callable[[], Tensor]
+    key_bias: Tensor
+    feature_dim: int
+
+    def features(self) -> tuple[Features, Features]:
+        """Explicit features of queries, (b, h * g, n, f), and keys, (b, h, s, f)."""
+        with ops.full_precision(self.query.device):
+            log, sign = self.query_features(fold_groups(self.query, self.key.shape[1]))
+            shape = self.query.shape[:3]
+            log = log.reshape(*shape, -1) + self.query_bias().unsqueeze(-1)
+            query = Features(log, None if sign is None else sign.reshape(*shape, -1))
+            return query, self._key_block(slice(None))
+
+    def _key_block(self, block: slice) -> Features:
+        log, sign = self.key_features(self.key[:, :, block])
+        return Features(log + self.key_bias[:, :, block].unsqueeze(-1), sign)
+
+    def attend(
+        self,
+        value: Tensor,  # (b, h, s, e)
+        *,
+        state: ops.AttentionState | None = None,
+        backend: str = "auto",
+    ) -> Attended:
+        """Attention output, (b, h * g, n, e); causal from ``state`` if one is given."""
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend is {backend!r}; expected one of {', '.join(ops.BACKENDS)}")
+        if backend == "cpu":
+            raise ValueError(
+                "backend 'cpu' cannot run here: signed features are not a softmax over landmarks; "
+                "use backend='auto' or 'torch'"
+            )
+        b, _, s, _ = self.key.shape
+        n, e = self.query.shape[2], value.shape[-1]
+        if n == 0 or s == 0:
+            return Attended(value.new_zeros(b, self.query.shape[1], n, e), None, state)
+        value = value.to(ops.compute_dtype(self.query, self.key, value))
+        with ops.full_precision(self.query.device):
+            return self._attend_all(value) if state is None else self._attend_causal(value, state)
+
+    def _attend_all(self, value: Tensor) -> Attended:
+        b, h, s, _ = self.key.shape
+        block = max(1, BLOCK_ELEMENTS // (b * h * self.feature_dim))
+        state: ops.AttentionState | None = None
+        for start in range(0, s, block):
+            rows = slice(start, start + block)
+            part = ops.absorb(*self._key_block(rows), value[:, :, rows])
+            state = part if state is None else ops.merge(state, part)
+        assert state is not None
+        query = fold_groups(self.query, h)
+        outputs, flags = [], []
+        for start in range(0, query.shape[2], block):
+            out, unsafe = ops.readout(*self.query_features(query[:, :, start : start + block]), state)
+            outputs.append(out)
+            flags.append(unsafe)
+        return Attended(
+            torch.cat(outputs, 2).reshape(*self.query.shape[:3], -1),
+            torch.cat([f for f in flags if f is not None], 2),
+        )
+
+    def _attend_causal(self, value: Tensor, state: ops.AttentionState) -> Attended:
+        h, s = self.key.shape[1:3]
+        query = self.query.reshape(self.query.shape[0], h, -1, *self.query.shape[2:])  # (b, h, g, n, d)
+        outputs, flags = [], []
+        for start in range(0, s, CAUSAL_CHUNK):
+            rows = slice(start, start + CAUSAL_CHUNK)
+            log_query, sign_query = self.query_features(query[:, :, :, rows].flatten(2, 3))
+            log_key, sign_key = self._key_block(rows)
+            out, unsafe, state = ops.advance(log_query, sign_query, log_key, sign_key, value[:, :, rows], state)
+            outputs.append(out.reshape(*query.shape[:3], -1, out.shape[-1]))
+            flags.append(unsafe)
+        return Attended(torch.cat(outputs, 3).flatten(1, 2), torch.cat([f for f in flags if f is not None], 2), state)
+
+
+def with_signs(pair: Exponential, projection: Projection, copies: int = 1) -> Exponential | Signed:
+    """``pair`` itself; for a rule with negative weights the same features, their signs on the key side.
+
+    Args:
+        pair: Positive features with weights |a_i|.
+        projection: The rule they were made of.
+        copies: How often its rows stand among the features (2 for an antithetic pair).
+    """
+    if not projection.signed:
+        return pair
+    sign = projection.sign_weight.unsqueeze(-2).repeat(1, 1, copies)  # (g, 1, f)
+    half = 0.5 * pair.landmark_bias.unsqueeze(-2)
+
+    def query_features(x: Tensor) -> Features:
+        return Features(x @ pair.query_landmarks.to(x.dtype).mT + half.to(x.dtype), None)
+
+    def key_features(y: Tensor) -> Features:
+        log = y @ pair.key_landmarks.to(y.dtype).mT + half.to(y.dtype)
+        return Features(log, sign.to(log.dtype).expand(log.shape))
+
+    dtype = ops.compute_dtype(pair.query, pair.key)
+    return Signed(
+        pair.query.to(dtype),
+        pair.key.to(dtype),
+        query_features,
+        key_features,
+        pair.query_bias,
+        pair.key_bias,
+        pair.feature_dim,
+    )

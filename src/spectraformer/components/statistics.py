@@ -1,0 +1,171 @@
+r"""Moments of the queries and keys of one sequence and head: what data-dependent parameters are made of.
+
+One rule for all of them: per batch item and head, over real tokens only, after scaling, detached. So no batch
+item influences another, padding influences nothing, and gradients never flow through a parameter of the
+estimator.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Order = Literal["none", "diagonal", "full"]
+"""How much of the second moment is needed: nothing, its diagonal, or the whole matrix."""
+
+
+class Moments(NamedTuple):
+    """Sums over the tokens of one side, divided by their number.
+
+    Attributes:
+        mean: mu, (b, h, d).
+        second: E x x^T, (b, h, d, d), or its diagonal, (b, h, d).
+        minimum: Least coordinate over all tokens, (b, h, d).
+    """
+
+    mean: Tensor
+    second: Tensor
+    minimum: Tensor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """E x_l^2, (b, h, d)."""
+        full = self.second.ndim == self.mean.ndim + 1
+        return self.second.diagonal(dim1=-2, dim2=-1) if full else self.second
+
+    @property
+    def matrix(self) -> Tensor:
+        """E x x^T, (b, h, d, d)."""
+        full = self.second.ndim == self.mean.ndim + 1
+        return self.second if full else torch.diag_embed(self.second)
+
+    def shifted(self, shift: Tensor) -> Moments:  # shift: (b, h, d)
+        """The moments of x - shift."""
+        mean = self.mean - shift
+        if self.second.ndim == self.mean.ndim:
+            second = self.second - 2 * shift * self.mean + shift.square()
+        else:
+            cross = shift.unsqueeze(-1) * self.mean.unsqueeze(-2)
+            outer = shift.unsqueeze(-1) * shift.unsqueeze(-2)
+            second = self.second - cross - cross.transpose(-1, -2) + outer
+        return Moments(mean, second, self.minimum - shift)
+
+
+@torch.no_grad()
+def moments(
+    tokens: Tensor,  # (b, h, n, d)
+    mask: Tensor | None,  # (b, 1, n), True for real tokens
+    root: float,
+    order: Order,
+    minimum: bool,
+) -> Moments:
+    """Moments of ``root * tokens`` over real tokens; zeros where there are none.
+
+    Args:
+        tokens: Queries or keys as given.
+        mask: Which tokens are real; None means all.
+        root: The square root of the attention scale.
+        order: How much of the second moment is computed.
+        minimum: Whether the least coordinates are computed; zeros if not.
+    """
+    x = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    n = x.shape[-2]
+    if mask is None:
+        count: Tensor | float = float(max(n, 1))
+    else:
+        x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        count = mask.sum(-1).clamp_min(1).unsqueeze(-1).to(x.dtype)  # (b, 1, 1)
+    mean = x.sum(-2) * root / count
+    if order == "full":
+        total = x.transpose(-1, -2) @ x
+        second = total * (root * root) / (count if isinstance(count, float) else count.unsqueeze(-1))
+    elif order == "diagonal":
+        second = torch.linalg.vector_norm(x, dim=-2).square() * (root * root) / count
+    else:
+        second = torch.zeros_like(mean)
+    least = torch.zeros_like(mean)
+    if minimum and n > 0:
+        hidden = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), torch.finfo(x.dtype).max)
+        least = hidden.amin(-2) * root
+        if mask is not None:
+            least = torch.where(mask.any(-1)[..., None], least, 0.0)
+    return Moments(mean, second, least)
+
+
+def mean_squared_sum(q: Moments, k: Moments) -> Tensor:  # (b, h)
+    r"""phi, the mean of :math:`\|x_i + y_j\|^2` over all pairs, without forming a pair."""
+    trace = q.diagonal.sum(-1) + k.diagonal.sum(-1)
+    return (trace + 2 * (q.mean * k.mean).sum(-1)).clamp_min(0.0)
+
+
+def optimal_rho(phi: Tensor, d: int) -> Tensor:
+    r"""The rho that minimises the mean log second moment of positive features.
+
+    .. math:: \rho^* = \frac{2d}{2\varphi + d + \sqrt{(2\varphi + d)^2 + 8 d\varphi}} \in (0, 1]
+
+    with :math:`A = -(1-\rho)/(8\rho)`; phi = 0 gives rho = 1, plain positive features.
+
+    References:
+        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
+    """
+    p = 2 * phi + d
+    return 2 * d / (p + torch.sqrt(p.square() + 8 * d * phi))
+
+
+class RunningMoments(nn.Module):
+    """Moments averaged over training, in persistent buffers: what causal attention uses, which must not look ahead.
+
+    They start at unit-variance queries and keys under the default scale: mean 0, E x_l^2 = 1 / sqrt(d).
+
+    Args:
+        head_dim: d.
+        num_heads: Heads with moments of their own; None pools the heads.
+        order: How much of the second moments is kept.
+    """
+
+    query_mean: Tensor
+    query_second: Tensor
+    key_mean: Tensor
+    key_second: Tensor
+    updates: Tensor
+
+    def __init__(self, head_dim: int, num_heads: int | None, order: Order) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        p = num_heads or 1
+        second = torch.full((p, head_dim), 1 / math.sqrt(head_dim))
+        for side in ("query", "key"):
+            self.register_buffer(f"{side}_mean", torch.zeros(p, head_dim))
+            self.register_buffer(f"{side}_second", torch.diag_embed(second) if order == "full" else second.clone())
+        self.register_buffer("updates", torch.zeros(()))
+
+    def forward(self) -> tuple[Moments, Moments]:
+        """Copies of the moments of queries and keys, (1, p, d) each; minima are not kept."""
+        none = torch.zeros_like(self.query_mean).unsqueeze(0)
+        return (
+            Moments(self.query_mean.clone().unsqueeze(0), self.query_second.clone().unsqueeze(0), none),
+            Moments(self.key_mean.clone().unsqueeze(0), self.key_second.clone().unsqueeze(0), none),
+        )
+
+    @torch.no_grad()
+    def update(self, q: Moments, k: Moments, momentum: float) -> None:
+        """Moves towards the moments of a batch; the first batches are averaged with equal weights."""
+        weight = (1 / (self.updates + 1)).clamp_min(momentum)
+        for held, new in (
+            (self.query_mean, q.mean),
+            (self.query_second, q.second),
+            (self.key_mean, k.mean),
+            (self.key_second, k.second),
+        ):
+            pooled = new.mean(0) if self.num_heads is not None else new.mean((0, 1)).unsqueeze(0)
+            held.lerp_(pooled.to(held.dtype), weight.to(held.dtype))
+        self.updates += 1
+
+    @torch.no_grad()
+    def replace(self, q: Moments, k: Moments) -> None:
+        """Forgets everything but these moments."""
+        self.updates.zero_()
+        self.update(q, k, momentum=0.0)
