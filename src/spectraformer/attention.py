@@ -226,10 +226,10 @@ def _check_state(feature_map: FeatureMap, key: Tensor, value: Tensor, state: obj
     if not isinstance(state, ops.AttentionState):
         raise ValueError(f"state is {type(state).__name__}; expected an AttentionState from feature_map.init_state")
     expected = (*key.shape[:2], feature_map.feature_dim, value.shape[-1])
-    found = tuple(state.value_sum.shape)
+    found = (*state.sums.shape[:-1], state.sums.shape[-1] - 1)
     if found != expected:
         raise ValueError(f"state has (batch, heads, features, value dim) {found}; these tokens need {expected}")
     if (state.magnitude is None) != feature_map.positive:
         raise ValueError("state belongs to another feature map: one has signed features, the other positive ones")
-    if state.value_sum.device != key.device:
-        raise ValueError(f"state is on {state.value_sum.device} but key is on {key.device}; move one to the other")
+    if state.sums.device != key.device:
+        raise ValueError(f"state is on {state.sums.device} but key is on {key.device}; move one to the other")

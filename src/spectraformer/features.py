@@ -284,7 +284,8 @@ class FeatureMap(nn.Module):
                 with torch.no_grad():
                     fitted = self.component.fit(*found)
             mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(1)
-            tokens = Tokens(q, k, root, shift, mask, self.kernel)
+            dtype = torch.float64 if self.component.needs_float64 else ops.compute_dtype(q, k)
+            tokens = Tokens(q, k, root, shift, mask, self.kernel, dtype)
             return self.component(tokens, self.weight(), fitted)  # type: ignore[no-any-return]
 
     def features(

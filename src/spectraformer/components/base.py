@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -58,6 +57,7 @@ class Tokens:
         shift: c, (b | 1, h | 1, d), or None for 0.
         key_mask: True for real keys, (b, 1, s), or None.
         kernel: The kernel to estimate.
+        dtype: Dtype of x, y and everything computed of them, float32 or float64.
     """
 
     raw_query: Tensor
@@ -66,6 +66,7 @@ class Tokens:
     shift: Tensor | None
     key_mask: Tensor | None
     kernel: Kernel
+    dtype: torch.dtype
 
     @property
     def heads(self) -> int:
@@ -73,16 +74,16 @@ class Tokens:
         return self.raw_key.shape[1]
 
     def _translated(self, tokens: Tensor) -> Tensor:
-        x = tokens.to(ops.compute_dtype(self.raw_query, self.raw_key)) * self.root
+        x = tokens.to(self.dtype) * self.root
         return x if self.shift is None else x - self.shift.to(x.dtype).unsqueeze(-2)
 
-    @cached_property
+    @property
     def query(self) -> Tensor:
         """x, (b, h * g, n, d)."""
         folded = self._translated(fold_groups(self.raw_query, self.heads))
         return folded.reshape(self.raw_query.shape)
 
-    @cached_property
+    @property
     def key(self) -> Tensor:
         """y, (b, h, s, d)."""
         return self._translated(self.raw_key)
@@ -110,9 +111,8 @@ class Tokens:
         """Sum of f's own log-factor of a key and the kernel's, -inf for padding, (b, h, s)."""
         if own is minus_half_sqnorm and self.shift is None:
             # The common case, without a copy of the keys.
-            dtype = ops.compute_dtype(self.raw_query, self.raw_key)
             factor = -0.5 if self.kernel == "softmax" else -1.0
-            sqnorm: Tensor = torch.linalg.vecdot(self.raw_key.to(dtype), self.raw_key.to(dtype))
+            sqnorm: Tensor = torch.linalg.vecdot(self.raw_key.to(self.dtype), self.raw_key.to(self.dtype))
             total = sqnorm * (factor * self.root**2)
         else:
             total = self._total(self.key, own)
@@ -191,6 +191,7 @@ class ComponentFunction(nn.Module, ABC):
         order: How much of the second moments :meth:`fit` needs.
         needs_minimum: f translates the tokens by their least coordinates.
         shared_log: All features of a token share their log, which then ends in 1 instead of f.
+        needs_float64: Its log-features are small differences of large terms.
     """
 
     positive: bool = True
@@ -198,6 +199,7 @@ class ComponentFunction(nn.Module, ABC):
     order: ClassVar[Order] = "none"
     needs_minimum: ClassVar[bool] = False
     shared_log: ClassVar[bool] = False
+    needs_float64: ClassVar[bool] = False
 
     def __init__(self, head_dim: int, *, num_heads: int | None = None, generator: torch.Generator) -> None:
         super().__init__()

@@ -74,7 +74,7 @@ class DiscreteFeatures(ComponentFunction):
 
     def _positive(self, tokens: Tokens, projection: Projection, w: Tensor, half: Tensor) -> Exponential | Signed:
         """All coordinates are positive after the translation: an exponential of log x."""
-        dtype = tokens.query.dtype
+        dtype = tokens.dtype
         pair = Exponential(
             _log_abs(tokens.query),
             _log_abs(tokens.key),
@@ -171,16 +171,20 @@ class GeomRF(DiscreteFeatures):
 class PoisRFPlus(PoisRF):
     """Poisson features of tokens translated to positive coordinates: positive, for small norms.
 
+    Computed in float64: exponents of tens times log-coordinates sum to thousands, of which products of features
+    leave a difference of order 1.
+
     References:
         Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, section 3.3.
     """
 
     positive = True
     needs_minimum = True
+    needs_float64 = True
 
 
 class GeomRFPlus(GeomRF):
-    """Geometric features of tokens translated to positive coordinates: positive, for small norms.
+    """Geometric features of tokens translated to positive coordinates: positive, for small norms, in float64.
 
     References:
         Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, section 3.3.
@@ -188,3 +192,4 @@ class GeomRFPlus(GeomRF):
 
     positive = True
     needs_minimum = True
+    needs_float64 = True

@@ -168,7 +168,7 @@ class Signed:
         n, e = self.query.shape[2], value.shape[-1]
         if n == 0 or s == 0:
             return Attended(value.new_zeros(b, self.query.shape[1], n, e), None, state)
-        value = value.to(ops.compute_dtype(self.query, self.key, value))
+        value = ops.with_ones(value.to(ops.compute_dtype(self.query, self.key, value)))
         with ops.full_precision(self.query.device):
             return self._attend_all(value) if state is None else self._attend_causal(value, state)
 
@@ -189,7 +189,7 @@ class Signed:
             flags.append(unsafe)
         return Attended(
             torch.cat(outputs, 2).reshape(*self.query.shape[:3], -1),
-            torch.cat([f for f in flags if f is not None], 2),
+            ops.concatenate_flags(flags, dim=2),
         )
 
     def _attend_causal(self, value: Tensor, state: ops.AttentionState) -> Attended:
@@ -203,7 +203,7 @@ class Signed:
             out, unsafe, state = ops.advance(log_query, sign_query, log_key, sign_key, value[:, :, rows], state)
             outputs.append(out.reshape(*query.shape[:3], -1, out.shape[-1]))
             flags.append(unsafe)
-        return Attended(torch.cat(outputs, 3).flatten(1, 2), torch.cat([f for f in flags if f is not None], 2), state)
+        return Attended(torch.cat(outputs, 3).flatten(1, 2), ops.concatenate_flags(flags, dim=2), state)
 
 
 def with_signs(pair: Exponential, projection: Projection, copies: int = 1) -> Exponential | Signed:

@@ -71,19 +71,20 @@ def moments(
         order: How much of the second moment is computed.
         minimum: Whether the least coordinates are computed; zeros if not.
     """
-    x = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    # Eigenvectors and translations amplify rounding into another estimator of the same kernel: sum those in float64.
+    precise = order == "full" or minimum
+    x = tokens.to(torch.float64 if precise else torch.promote_types(tokens.dtype, torch.float32))
     n = x.shape[-2]
     if mask is None:
-        count: Tensor | float = float(max(n, 1))
+        count = x.new_full((1, 1, 1), max(n, 1))
     else:
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         count = mask.sum(-1).clamp_min(1).unsqueeze(-1).to(x.dtype)  # (b, 1, 1)
-    mean = x.sum(-2) * root / count
+    mean = x.sum(-2) * (root / count)
     if order == "full":
-        total = x.transpose(-1, -2) @ x
-        second = total * (root * root) / (count if isinstance(count, float) else count.unsqueeze(-1))
+        second = (x.mT @ x) * (root * root / count.unsqueeze(-1))
     elif order == "diagonal":
-        second = torch.linalg.vector_norm(x, dim=-2).square() * (root * root) / count
+        second = torch.linalg.vector_norm(x, dim=-2).square() * (root * root / count)
     else:
         second = torch.zeros_like(mean)
     least = torch.zeros_like(mean)
@@ -91,7 +92,7 @@ def moments(
         hidden = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), torch.finfo(x.dtype).max)
         least = hidden.amin(-2) * root
         if mask is not None:
-            least = torch.where(mask.any(-1)[..., None], least, 0.0)
+            least = torch.where(mask.any(-1, keepdim=True), least, 0.0)
     return Moments(mean, second, least)
 
 

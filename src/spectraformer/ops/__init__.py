@@ -20,7 +20,16 @@ from torch import Tensor
 from spectraformer.ops import cpu, reference
 from spectraformer.ops.hadamard import hadamard
 from spectraformer.ops.precision import compute_dtype, full_precision
-from spectraformer.ops.streaming import AttentionState, absorb, advance, empty_state, merge, readout
+from spectraformer.ops.streaming import (
+    AttentionState,
+    absorb,
+    advance,
+    concatenate_flags,
+    empty_state,
+    merge,
+    readout,
+    with_ones,
+)
 
 BACKENDS = ("auto", "cpu", "torch")
 
@@ -31,12 +40,14 @@ __all__ = [
     "advance",
     "causal_landmark_attention",
     "compute_dtype",
+    "concatenate_flags",
     "empty_state",
     "full_precision",
     "hadamard",
     "landmark_attention",
     "merge",
     "readout",
+    "with_ones",
 ]
 
 

@@ -22,10 +22,15 @@ MAX_PADDING = 2
 # Stands for -inf in the fused kernel, which would return NaN for a block of nothing but -inf.
 REMOVED = -1e30
 
+# torch 2.6 cannot tell export from compilation; there both take plain torch.
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why the fused CPU path cannot take these tensors; empty if it can."""
     reasons = []
+    if _exporting():
+        reasons.append("the graph is being exported, and torch's fused CPU kernel would tie it to this device")
     if query.device.type != "cpu":
         reasons.append(f"tensors are on {query.device}, not on the CPU")
     if query.dtype not in (torch.float32, torch.float64):
