@@ -25,7 +25,7 @@ from spectraformer.components import (
 )
 from spectraformer.components.pairs import fold_groups
 from spectraformer.components.statistics import Moments, RunningMoments, moments
-from spectraformer.weights.base import WeightMatrix, require_choice, require_positive_integer
+from spectraformer.weights.base import WeightMatrix, require_choice, require_flag, require_positive_integer
 
 Statistics = Literal["auto", "batch", "running"]
 STATISTICS = ("auto", "batch", "running")
@@ -96,6 +96,7 @@ class FeatureMap(nn.Module):
         require_positive_integer("num_features", num_features)
         require_choice("kernel", kernel, KERNELS)
         require_choice("statistics", statistics, STATISTICS)
+        require_flag("center", center)
         if num_heads is not None:
             require_positive_integer("num_heads", num_heads)
         if redraw_every is not None:
@@ -111,18 +112,19 @@ class FeatureMap(nn.Module):
         self.num_heads = num_heads
         self.kernel: Kernel = kernel
         self.seed = seed
-        self.center = bool(center)
+        self.center = center
         self.statistics: Statistics = statistics
         self.momentum = momentum
         self.redraw_every = redraw_every
         self._passes = 0
         self._redraws = 0
         generator = self._generator()
-        self.weight = registry.build_weight(
-            weight, weight_options, head_dim, num_features, num_heads, share_weight, generator
-        )
-        self.component = registry.build_component(component, component_options, head_dim, num_heads, generator)
-        registry.require_meaning(self.component, self.weight)
+        with torch.device("cpu"):  # all sampling, whatever the default device
+            self.weight = registry.build_weight(
+                weight, weight_options, head_dim, num_features, num_heads, share_weight, generator
+            )
+            self.component = registry.build_component(component, component_options, head_dim, num_heads, generator)
+            registry.require_meaning(self.component, self.weight)
         if self.component.needs_minimum and statistics == "running":
             raise ValueError(
                 f"{type(self.component).__name__} translates tokens by the least coordinates of the sequence at hand, "
@@ -130,8 +132,7 @@ class FeatureMap(nn.Module):
             )
         self.register_buffer("unsafe_denominators", torch.zeros(2, dtype=torch.int64), persistent=False)
         self.running = RunningMoments(head_dim, num_heads, self.component.order) if self.data_dependent else None
-        if device is not None or dtype is not None:
-            self.to(device=device, dtype=dtype)
+        self.to(device=torch.get_default_device() if device is None else device, dtype=dtype)
 
     # -- randomness --------------------------------------------------------------------------------------
 
@@ -144,8 +145,9 @@ class FeatureMap(nn.Module):
         """Draws W (and f's own randomness) anew: a function of the seed and of how often it was called."""
         self._redraws += 1
         generator = self._generator()
-        self.weight.redraw(generator)
-        self.component.redraw(generator)
+        with torch.device("cpu"):
+            self.weight.redraw(generator)
+            self.component.redraw(generator)
 
     def _count_pass(self) -> None:
         """Redraws on schedule. A pass inside backward is a recomputation, which must see the same W."""

@@ -193,17 +193,24 @@ class Signed:
         )
 
     def _attend_causal(self, value: Tensor, state: ops.AttentionState) -> Attended:
-        h, s = self.key.shape[1:3]
-        query = self.query.reshape(self.query.shape[0], h, -1, *self.query.shape[2:])  # (b, h, g, n, d)
+        b, h, s, _ = self.key.shape
+        query = self.query.reshape(b, h, -1, s, self.query.shape[-1])
+        value, flat = value.flatten(0, 1), ops.flatten_heads(state)
         outputs, flags = [], []
         for start in range(0, s, CAUSAL_CHUNK):
             rows = slice(start, start + CAUSAL_CHUNK)
-            log_query, sign_query = self.query_features(query[:, :, :, rows].flatten(2, 3))
-            log_key, sign_key = self._key_block(rows)
-            out, unsafe, state = ops.advance(log_query, sign_query, log_key, sign_key, value[:, :, rows], state)
+            queries = _flatten_heads(self.query_features(query[:, :, :, rows].flatten(2, 3)))
+            keys = _flatten_heads(self._key_block(rows))
+            out, unsafe, flat = ops.advance(*queries, *keys, value[:, rows], flat)
             outputs.append(out.reshape(*query.shape[:3], -1, out.shape[-1]))
             flags.append(unsafe)
-        return Attended(torch.cat(outputs, 3).flatten(1, 2), ops.concatenate_flags(flags, dim=2), state)
+        unsafe = ops.concatenate_flags(flags, dim=1)
+        return Attended(torch.cat(outputs, 3).flatten(1, 2), unsafe, ops.unflatten_heads(flat, h))
+
+
+def _flatten_heads(features: Features) -> Features:
+    log, sign = features
+    return Features(log.flatten(0, 1), None if sign is None else sign.flatten(0, 1))
 
 
 def with_signs(pair: Exponential, projection: Projection, copies: int = 1) -> Exponential | Signed:

@@ -26,8 +26,10 @@ from spectraformer.ops.streaming import (
     advance,
     concatenate_flags,
     empty_state,
+    flatten_heads,
     merge,
     readout,
+    unflatten_heads,
     with_ones,
 )
 
@@ -42,11 +44,13 @@ __all__ = [
     "compute_dtype",
     "concatenate_flags",
     "empty_state",
+    "flatten_heads",
     "full_precision",
     "hadamard",
     "landmark_attention",
     "merge",
     "readout",
+    "unflatten_heads",
     "with_ones",
 ]
 

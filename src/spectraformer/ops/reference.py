@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectraformer.ops.streaming import AttentionState, advance, with_ones
+from spectraformer.ops.streaming import AttentionState, advance, flatten_heads, unflatten_heads, with_ones
 
 # Products within a chunk cost chunk / 2 a token; fewer chunks cost fewer calls. Measured at d = 64, m = 128.
 CAUSAL_CHUNK = 64
@@ -42,16 +42,13 @@ def causal_landmark_attention(
     state: AttentionState,
     chunk: int = CAUSAL_CHUNK,
 ) -> tuple[Tensor, AttentionState]:  # (b, h, g, n, e)
-    """Query t attends to the state and to keys 0..t: chunks in order, linear in n.
-
-    Batch and heads are one dimension inside: plain batched products, without a copy of the landmarks each chunk.
-    """
+    """Query t attends to the state and to keys 0..t: chunks in order, linear in n."""
     b, h, groups, n, _ = query.shape
     query = query.flatten(0, 1)
     key, value, key_bias = key.flatten(0, 1), with_ones(value.flatten(0, 1)), key_bias.flatten(0, 1).unsqueeze(-1)
     wq, wk = query_landmarks.flatten(0, 1).mT, key_landmarks.flatten(0, 1).mT
     bias = landmark_bias.flatten(0, 1).unsqueeze(-2)
-    flat = AttentionState(state.log_scale.flatten(0, 1), state.sums.flatten(0, 1))
+    flat = flatten_heads(state)
     outputs = []
     for start in range(0, n, chunk):
         block = slice(start, start + chunk)
@@ -59,5 +56,4 @@ def causal_landmark_attention(
         log_key = torch.baddbmm(key_bias[:, block], key[:, block], wk)
         out, _, flat = advance(log_query, None, log_key, None, value[:, block], flat)
         outputs.append(out.reshape(b, h, groups, -1, out.shape[-1]))
-    after = AttentionState(*(x.reshape(b, h, *x.shape[1:]) for x in (flat.log_scale, flat.sums)))
-    return torch.cat(outputs, dim=3), after
+    return torch.cat(outputs, dim=3), unflatten_heads(flat, h)

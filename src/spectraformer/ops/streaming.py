@@ -118,21 +118,22 @@ def _query_features(log_query: Tensor, sign_query: Tensor | None, log_scale: Ten
 
 
 def advance(
-    log_query: Tensor,  # (b, h, g * c, f|1), the chunk's queries
-    sign_query: Tensor | None,  # (b, h, g * c, f)
-    log_key: Tensor,  # (b, h, c, f|1), the chunk's keys
-    sign_key: Tensor | None,  # (b, h, c, f)
-    value: Tensor,  # (b, h, c, e + 1)
-    state: AttentionState,
+    log_query: Tensor,  # (b * h, g * c, f|1), the chunk's queries
+    sign_query: Tensor | None,  # (b * h, g * c, f)
+    log_key: Tensor,  # (b * h, c, f|1), the chunk's keys
+    sign_key: Tensor | None,  # (b * h, c, f)
+    value: Tensor,  # (b * h, c, e + 1)
+    state: AttentionState,  # of (b * h)
 ) -> tuple[Tensor, Tensor | None, AttentionState]:
     """One causal chunk: query t attends to the state and to the chunk's keys up to t.
 
+    Batch and heads are one dimension: the products then fuse with their sums.
     The chunk's products share one reference per feature, the maximum over state **and** chunk. Where a
     later key of the chunk is so much larger that an earlier row underflows, that row is computed again from
     pairwise log-features, so the output never depends on the future.
 
     Returns:
-        Output, (b, h, g * c, e); unsafe denominators of signed features, (b, h, g * c); the state after the chunk.
+        Output, (b * h, g * c, e); unsafe denominators of signed features, (b * h, g * c); the state after the chunk.
     """
     chunk = log_key.shape[-2]
     log_scale = torch.maximum(state.log_scale, log_key.detach().amax(dim=-2))
@@ -142,14 +143,14 @@ def advance(
     carried = carry.unsqueeze(-1) * state.sums
     phi_q = _query_features(log_query, sign_query, log_scale)
     scores = _past(phi_q @ phi_k.mT, chunk)
-    sums = scores @ value + phi_q @ carried
+    sums = torch.baddbmm(phi_q @ carried, scores, value)
 
     magnitude = after_magnitude = None
     if state.magnitude is not None:
         abs_q, abs_k, held = phi_q.detach().abs(), phi_k.detach().abs(), carry * state.magnitude
         magnitude = _past(abs_q @ abs_k.mT, chunk).sum(-1, keepdim=True) + abs_q @ held.unsqueeze(-1)
         after_magnitude = held + abs_k.sum(-2)
-    after = AttentionState(log_scale, carried + phi_k.mT @ value, after_magnitude)
+    after = AttentionState(log_scale, torch.baddbmm(carried, phi_k.mT, value), after_magnitude)
 
     total = sums.detach()[..., -1:] if magnitude is None else magnitude
     if chunk > 1 and bool((total < UNDERFLOW).any()) and _lost_terms(total, log_key, state):
@@ -166,10 +167,10 @@ def _past(scores: Tensor, chunk: int) -> Tensor:  # (b, h, g * c, c)
 
 def _lost_terms(total: Tensor, log_key: Tensor, state: AttentionState) -> bool:
     """Whether a row that has keys to attend to lost them to underflow; rows without any are rightly 0."""
-    key_exists = (log_key > NEGATIVE_INFINITY).any(-1).cummax(-1).values  # (b, h, c)
+    key_exists = (log_key > NEGATIVE_INFINITY).any(-1).cummax(-1).values  # (b * h, c)
     state_exists = (state.log_scale > NEGATIVE_INFINITY).any(-1, keepdim=True)
     groups = total.shape[-2] // log_key.shape[-2]
-    row_has_key = (key_exists | state_exists).repeat(*(1,) * (key_exists.ndim - 1), groups)
+    row_has_key = (key_exists | state_exists).repeat(1, groups)
     return bool(((total.squeeze(-1) < UNDERFLOW) & row_has_key).any())
 
 
@@ -190,11 +191,11 @@ def _advance_exactly(
         block = slice(start, start + step)
         lq = log_query[..., block, :]
         sq = None if sign_query is None else sign_query[..., block, :]
-        pair = lq.unsqueeze(-2) + log_key.unsqueeze(-3)  # (b, h, r, c, f|1)
+        pair = lq.unsqueeze(-2) + log_key.unsqueeze(-3)  # (b * h, r, c, f|1)
         pair = pair.masked_fill(~past[block].unsqueeze(-1), NEGATIVE_INFINITY)
-        held = lq + state.log_scale.unsqueeze(-2)  # (b, h, r, f|1)
+        held = lq + state.log_scale.unsqueeze(-2)  # (b * h, r, f|1)
         top = torch.maximum(pair.detach().amax((-1, -2)), held.detach().amax(-1))
-        top = _finite(top).unsqueeze(-1)  # (b, h, r, 1)
+        top = _finite(top).unsqueeze(-1)  # (b * h, r, 1)
         terms = torch.exp(pair - top.unsqueeze(-1))
         terms = _signed(terms, None if sq is None else sq.unsqueeze(-2))
         terms = _signed(terms, None if sign_key is None else sign_key.unsqueeze(-3))
@@ -213,6 +214,17 @@ def concatenate_flags(flags: list[Tensor | None], dim: int) -> Tensor | None:
     """Unsafe denominators of blocks as one tensor; None for positive features, which have none."""
     present = [flag for flag in flags if flag is not None]
     return torch.cat(present, dim=dim) if present else None
+
+
+def flatten_heads(state: AttentionState) -> AttentionState:  # of (b, h) -> of (b * h)
+    """The state with batch and heads as one dimension, as :func:`advance` takes it."""
+    return AttentionState(*(None if x is None else x.flatten(0, 1) for x in state))  # type: ignore[arg-type]
+
+
+def unflatten_heads(state: AttentionState, heads: int) -> AttentionState:  # of (b * h) -> of (b, h)
+    """The inverse of :func:`flatten_heads`."""
+    parts = (None if x is None else x.reshape(-1, heads, *x.shape[1:]) for x in state)
+    return AttentionState(*parts)  # type: ignore[arg-type]
 
 
 def empty_state(

@@ -193,6 +193,12 @@ def require_positive_integer(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
 
 
+def require_flag(name: str, value: object) -> None:
+    """Raises ``ValueError`` unless ``value`` is True or False; a non-empty string is no flag."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected True or False; nearest: {bool(value)}")
+
+
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``choices``; names the nearest."""
     if value not in choices:

@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Draw, SampledWeight, chi, haar, require_positive_integer
+from .base import Draw, SampledWeight, chi, haar, require_flag, require_positive_integer
 from .gaussian import simplex
-from .structured import require_flag
 
 _MOST_NODES = 200_000
 _ZERO = 1e-14

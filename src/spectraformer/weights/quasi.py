@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Draw, SampledWeight, haar, require_choice, require_positive_integer
-from .structured import require_flag
+from .base import Draw, SampledWeight, haar, require_choice, require_flag, require_positive_integer
 
 _EDGE = 2.0**-31
 # The largest number below 1 that single precision can hold: a stored point must stay inside the open cube.

@@ -23,15 +23,10 @@ from .base import (
     num_blocks,
     rademacher,
     require_choice,
+    require_flag,
     require_positive_integer,
 )
 from .gaussian import Norms
-
-
-def require_flag(name: str, value: object) -> None:
-    """Raises ``ValueError`` unless ``value`` is True or False; a non-empty string is no flag."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; expected True or False; nearest: {bool(value)}")
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
