@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Tests run side by side in processes; threads on top would only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
