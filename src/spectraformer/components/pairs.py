@@ -176,15 +176,14 @@ class Signed:
         b, h, s, _ = self.key.shape
         block = max(1, BLOCK_ELEMENTS // (b * h * self.feature_dim))
         state: ops.AttentionState | None = None
-        for start in range(0, s, block):
-            rows = slice(start, start + block)
+        for rows in ops.blocks(s, block):
             part = ops.absorb(*self._key_block(rows), value[:, :, rows])
             state = part if state is None else ops.merge(state, part)
         assert state is not None
         query = fold_groups(self.query, h)
         outputs, flags = [], []
-        for start in range(0, query.shape[2], block):
-            out, unsafe = ops.readout(*self.query_features(query[:, :, start : start + block]), state)
+        for rows in ops.blocks(query.shape[2], block):
+            out, unsafe = ops.readout(*self.query_features(query[:, :, rows]), state)
             outputs.append(out)
             flags.append(unsafe)
         return Attended(
@@ -197,8 +196,7 @@ class Signed:
         query = self.query.reshape(b, h, -1, s, self.query.shape[-1])
         value, flat = value.flatten(0, 1), ops.flatten_heads(state)
         outputs, flags = [], []
-        for start in range(0, s, CAUSAL_CHUNK):
-            rows = slice(start, start + CAUSAL_CHUNK)
+        for rows in ops.blocks(s, CAUSAL_CHUNK):
             queries = _flatten_heads(self.query_features(query[:, :, :, rows].flatten(2, 3)))
             keys = _flatten_heads(self._key_block(rows))
             out, unsafe, flat = ops.advance(*queries, *keys, value[:, rows], flat)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops import cpu, reference
+from spectraformer.ops.blocks import blocks
 from spectraformer.ops.hadamard import hadamard
 from spectraformer.ops.precision import compute_dtype, full_precision
 from spectraformer.ops.streaming import (
@@ -40,6 +41,7 @@ __all__ = [
     "AttentionState",
     "absorb",
     "advance",
+    "blocks",
     "causal_landmark_attention",
     "compute_dtype",
     "concatenate_flags",

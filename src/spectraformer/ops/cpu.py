@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from spectraformer.ops.blocks import blocks, is_exporting
+
 # Elements of one block of recomputed probabilities: 4 MiB in float32, about a core's share of cache.
 BLOCK_ELEMENTS = 1 << 20
 # The fused kernel needs equal query and value dims. Beyond this ratio padding costs more than it saves.
@@ -22,14 +24,11 @@ MAX_PADDING = 2
 # Stands for -inf in the fused kernel, which would return NaN for a block of nothing but -inf.
 REMOVED = -1e30
 
-# torch 2.6 cannot tell export from compilation; there both take plain torch.
-_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
 
 def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why the fused CPU path cannot take these tensors; empty if it can."""
     reasons = []
-    if _exporting():
+    if is_exporting():
         reasons.append("the graph is being exported, and torch's fused CPU kernel would tie it to this device")
     if query.device.type != "cpu":
         reasons.append(f"tensors are on {query.device}, not on the CPU")
@@ -91,8 +90,7 @@ class _FusedLandmarkAttention(torch.autograd.Function):
         dq = torch.empty_like(q)
         du, d_log_sum = torch.zeros_like(u), torch.zeros_like(log_sum)
         d_landmark_value = torch.zeros_like(landmark_value)
-        for start in range(0, q.shape[2], block):
-            rows = slice(start, start + block)
+        for rows in blocks(q.shape[2], block):
             g, qb = grad[:, :, rows], q[:, :, rows]
             p = torch.softmax(qb @ u.mT + bias, dim=-1)  # (b, h, r, m)
             inner = (g * out[:, :, rows]).sum(-1, keepdim=True)
@@ -106,8 +104,7 @@ class _FusedLandmarkAttention(torch.autograd.Function):
         outer = (d_log_sum - (d_landmark_value * landmark_value).sum(-1)).unsqueeze(-2)
         dk, dv, dt = torch.empty_like(k), torch.empty_like(v), torch.empty_like(t)
         dw = torch.zeros_like(w)
-        for start in range(0, k.shape[2], block):
-            rows = slice(start, start + block)
+        for rows in blocks(k.shape[2], block):
             kb, vb = k[:, :, rows], v[:, :, rows]
             p = torch.exp(kb @ w.mT + t[:, :, rows].unsqueeze(-1) - log_sum.unsqueeze(-2))  # (b, h, r, m)
             ds = p * (vb @ d_landmark_value.mT + outer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectraformer.ops.blocks import blocks
 from spectraformer.ops.streaming import AttentionState, advance, flatten_heads, unflatten_heads, with_ones
 
 # Products within a chunk cost chunk / 2 a token; fewer chunks cost fewer calls. Measured at d = 64, m = 128.
@@ -50,8 +51,7 @@ def causal_landmark_attention(
     bias = landmark_bias.flatten(0, 1).unsqueeze(-2)
     flat = flatten_heads(state)
     outputs = []
-    for start in range(0, n, chunk):
-        block = slice(start, start + chunk)
+    for block in blocks(n, chunk):
         log_query = torch.baddbmm(bias, query[:, :, block].flatten(1, 2), wq)
         log_key = torch.baddbmm(key_bias[:, block], key[:, block], wk)
         out, _, flat = advance(log_query, None, log_key, None, value[:, block], flat)

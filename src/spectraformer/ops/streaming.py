@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from spectraformer.ops.blocks import blocks
+
 NEGATIVE_INFINITY = float("-inf")
 # Below this a denominator may have lost terms to underflow; far above the least normal float32, 1.2e-38.
 UNDERFLOW = 2.0**-64
@@ -187,8 +189,7 @@ def _advance_exactly(
     past = torch.ones(chunk, chunk, dtype=torch.bool, device=log_key.device).tril().repeat(rows // chunk, 1)
     step = max(1, FALLBACK_ELEMENTS // max(1, state.sums[..., 0].numel() * chunk))
     outputs, flags = [], []
-    for start in range(0, rows, step):
-        block = slice(start, start + step)
+    for block in blocks(rows, step):
         lq = log_query[..., block, :]
         sq = None if sign_query is None else sign_query[..., block, :]
         pair = lq.unsqueeze(-2) + log_key.unsqueeze(-3)  # (b * h, r, c, f|1)
