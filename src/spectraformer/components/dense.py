@@ -50,7 +50,7 @@ class ADERF(OPRF):
     Costs three symmetric eigendecompositions of d x d a sequence and head.
 
     References:
-        Likhosherstov et al., FAVOR#, arXiv 2302.00787, section 4 (the same up to a rotation).
+        Likhosherstov et al., FAVOR#, arXiv 2302.00787 (the same up to a rotation).
     """
 
     order: ClassVar[Order] = "full"
@@ -78,7 +78,7 @@ class SDERF(ComponentFunction):
         + \sqrt{1-4a_l}\,\omega_l\,(Q^\top x)_l\bigr] - \tfrac12|x|^2
 
     References:
-        Likhosherstov et al., FAVOR#, arXiv 2302.00787, Theorem 4.2.
+        Likhosherstov et al., FAVOR#, arXiv 2302.00787.
     """
 
     order: ClassVar[Order] = "full"

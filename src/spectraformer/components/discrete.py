@@ -9,7 +9,7 @@ by the Taylor series of the exponential. The exponents come from the rows of W t
 where coordinates are; the versions with a plus first translate all tokens to positive coordinates.
 
 References:
-    Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, section 3.2.
+    Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class PoisRF(DiscreteFeatures):
         \lambda^* = \Bigl(\tfrac1d\sum_l E x_l^2\, E y_l^2\Bigr)^{1/2}
 
     References:
-        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, section 3.2.
+        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
 
     def fit(self, q: Moments, k: Moments) -> Parameters:
@@ -143,7 +143,7 @@ class GeomRF(DiscreteFeatures):
     |x_l y_l| replaced by :math:`\sqrt{E x_l^2\,E y_l^2}`.
 
     References:
-        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, section 3.2.
+        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
 
     def fit(self, q: Moments, k: Moments) -> Parameters:
@@ -175,7 +175,7 @@ class PoisRFPlus(PoisRF):
     leave a difference of order 1.
 
     References:
-        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, section 3.3.
+        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
 
     positive = True
@@ -187,7 +187,7 @@ class GeomRFPlus(GeomRF):
     """Geometric features of tokens translated to positive coordinates: positive, for small norms, in float64.
 
     References:
-        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, section 3.3.
+        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
 
     positive = True

@@ -191,7 +191,7 @@ class OPRF(ComponentFunction):
     A <= 0, so features are bounded.
 
     References:
-        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317, Theorem 4.2.
+        Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
 
     order: ClassVar[Order] = "diagonal"
@@ -221,7 +221,7 @@ class SADERF(OPRF):
 
     References:
         Likhosherstov et al., FAVOR#: Sharp Attention Kernel Approximations via New Classes of Positive
-        Random Features, arXiv 2302.00787, section 4.
+        Random Features, arXiv 2302.00787.
     """
 
     def fit(self, q: Moments, k: Moments) -> Parameters:

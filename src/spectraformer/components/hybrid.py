@@ -30,7 +30,7 @@ class HRF(ComponentFunction):
         num_directions: n; the number of features is 4 m (n + 1).
 
     References:
-        Choromanski et al., Hybrid Random Features, arXiv 2110.04367, section 3.
+        Choromanski et al., Hybrid Random Features, arXiv 2110.04367.
     """
 
     positive = False

@@ -23,7 +23,7 @@ class TrigRF(ComponentFunction):
 
     References:
         Rahimi and Recht, Random Features for Large-Scale Kernel Machines, NeurIPS 2007.
-        Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794, Lemma 1.
+        Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794.
     """
 
     positive = False

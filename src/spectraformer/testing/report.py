@@ -58,10 +58,12 @@ class Report:
 
 
 def seeded(seed: int) -> torch.Generator:
+    """A CPU generator."""
     return torch.Generator().manual_seed(seed)
 
 
 def name_of(factory: object) -> str:
+    """What a report calls a factory."""
     return getattr(factory, "__name__", type(factory).__name__)
 
 

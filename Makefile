@@ -1,0 +1,38 @@
+# make test   sets up .venv, then lints, type-checks and tests
+# make demo   sets up .venv, then runs the quick start
+# make docs   rewrites the generated page of variants
+# make bench  measures CPU attention against torch's and performer-pytorch's, and rewrites results/
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= auto
+
+.PHONY: test demo docs bench lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
+	touch $@
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --quiet
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/quickstart.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m spectraformer.catalogue --out docs/variants.md
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[bench]"
+	$(BIN)/python benchmarks/cpu_attention.py --out results/cpu_attention.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
