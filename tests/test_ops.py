@@ -216,3 +216,15 @@ def test_autocast_and_low_precision_do_not_reach_the_logits():
     out = ops.landmark_attention(*halves)
     assert out.dtype == torch.float32
     assert (out - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.parametrize("operand", range(7))
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_any_layout_of_any_operand(backend, operand):
+    """torch's fused CPU kernel reads the last dimension as contiguous without looking at its stride."""
+    x = operands(g=1)
+    expected = ops.landmark_attention(*x, backend)
+    last = x[operand].ndim - 1
+    x[operand] = x[operand].transpose(1, last).contiguous().transpose(1, last)
+    assert x[operand].stride(-1) != 1 or x[operand].shape[1] == 1
+    torch.testing.assert_close(ops.landmark_attention(*x, backend), expected)

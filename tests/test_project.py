@@ -49,7 +49,7 @@ def test_files_stay_readable(path):
 
 def test_data_flows_one_way():
     """Each module imports only from those above it in this order."""
-    order = ["ops", "weights", "components", "registry", "checks", "features", "attention", "multihead", "testing"]
+    order = ["checks", "ops", "weights", "components", "registry", "features", "attention", "multihead", "testing"]
     for path in SOURCES:
         parts = path.relative_to(ROOT / "src" / "spectraformer").with_suffix("").parts
         if parts[0] not in order:

@@ -18,11 +18,11 @@ from spectraformer.checks import (
     check_padding_mask,
     check_query_key,
     check_value,
+    require_choice,
     resolve_scale,
 )
 from spectraformer.components import KERNELS, Kernel
 from spectraformer.features import FeatureMap
-from spectraformer.weights.base import require_choice
 
 
 def random_feature_attention(
@@ -73,9 +73,11 @@ def random_feature_attention(
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
     check_dropout(dropout_p)
-    require_choice("backend", backend, ops.BACKENDS)
+    ops.choose_backend(backend, query, key, value, positive=feature_map.positive, is_causal=is_causal)
+    check_padding_mask("key_padding_mask", key_padding_mask, key)
+    if 0 in (*query.shape, *value.shape):
+        return value.new_zeros(*query.shape[:3], value.shape[-1])
     if key_padding_mask is not None:
-        check_padding_mask("key_padding_mask", key_padding_mask, key)
         # Even NaN in padding must not reach the sums: 0 * NaN is NaN.
         real = key_padding_mask[:, None, :, None]
         key, masked_value = key.masked_fill(~real, 0.0), value.masked_fill(~real, 0.0)
@@ -135,13 +137,22 @@ def attention_step(
     _check_map(feature_map)
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
+    check_causal(query, key)
+    check_padding_mask("key_padding_mask", key_padding_mask, key)
     _check_state(feature_map, key, value, state)
+    if 0 in (*query.shape, *value.shape):
+        return value.new_zeros(*query.shape[:3], value.shape[-1]), state
     if key_padding_mask is not None:
-        check_padding_mask("key_padding_mask", key_padding_mask, key)
         real = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(~real, 0.0), value.masked_fill(~real, 0.0)
     pair = feature_map(
-        query, key, key_padding_mask=key_padding_mask, scale=scale, is_causal=True, enable_gqa=enable_gqa
+        query,
+        key,
+        key_padding_mask=key_padding_mask,
+        scale=scale,
+        is_causal=True,
+        enable_gqa=enable_gqa,
+        track=False,
     )
     attended = pair.attend(value, state=state)
     feature_map.record_unsafe(attended.unsafe)
@@ -231,5 +242,13 @@ def _check_state(feature_map: FeatureMap, key: Tensor, value: Tensor, state: obj
         raise ValueError(f"state has (batch, heads, features, value dim) {found}; these tokens need {expected}")
     if (state.magnitude is None) != feature_map.positive:
         raise ValueError("state belongs to another feature map: one has signed features, the other positive ones")
+    scales = 1 if feature_map.component.shared_log else feature_map.feature_dim
+    if state.log_scale.shape[-1] != scales:
+        raise ValueError(
+            f"state belongs to another feature map: it keeps {state.log_scale.shape[-1]} scales a head, not {scales}"
+        )
+    needed = ops.compute_dtype(key, value)
+    if state.sums.dtype != needed:
+        raise ValueError(f"state has dtype {state.sums.dtype}; these tokens need {needed}: see init_state(dtype=...)")
     if state.sums.device != key.device:
         raise ValueError(f"state is on {state.sums.device} but key is on {key.device}; move one to the other")

@@ -1,11 +1,47 @@
-"""What attention accepts, and what it says about everything else. Shapes and dtypes only: no synchronisation."""
+"""What is accepted, and what is said about everything else. Shapes and dtypes only: no synchronisation."""
 
 from __future__ import annotations
 
 import math
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
+
+
+def require_integer(name: str, value: object, least: int = 1) -> None:
+    """Raises ``ValueError`` unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raises ``ValueError`` unless ``value`` is True or False; a non-empty string is no flag."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected True or False; nearest: {bool(value)}")
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``choices``; names the nearest."""
+    if value not in choices:
+        near = get_close_matches(str(value), choices, n=1, cutoff=0.0)
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}; nearest: {near[0]!r}")
+
+
+def require_number(name: str, value: object, low: float, high: float, expected: str) -> None:
+    """Raises ``ValueError`` unless value is a real number with low < value < high; both may be infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def require_float_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ``ValueError`` unless dtype is None or one that parameters can have."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not _is_supported(dtype)):
+        raise ValueError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64")
+
+
+def _is_supported(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(x: object) -> str:
@@ -23,8 +59,11 @@ def check_tokens(name: str, x: object, head_dim: int | None = None) -> None:
         raise ValueError(f"{name} is a nested or sparse tensor; expected a dense one: pad it and pass key_padding_mask")
     if x.ndim != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions (batch, heads, tokens, dim)")
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+    if not _is_supported(x.dtype):
         raise ValueError(f"{name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64")
+    for what, size in (("heads", x.shape[1]), ("value dim" if name == "value" else "head dim", x.shape[3])):
+        if size == 0:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: 0 {what}; expected at least 1")
     if head_dim is not None and x.shape[-1] != head_dim:
         raise ValueError(f"{name} has head dim {x.shape[-1]}, but the feature map was made for head_dim={head_dim}")
 
@@ -53,7 +92,7 @@ def check_query_key(q: Tensor, k: Tensor, head_dim: int | None, enable_gqa: bool
         raise ValueError(
             f"query has {hq} heads but key has {hk}; expected equal numbers, or enable_gqa=True for grouped queries"
         )
-    if hk == 0 or hq % hk:
+    if hq % hk:
         raise ValueError(f"query has {hq} heads, which is not a multiple of the key's {hk}")
 
 
@@ -101,14 +140,12 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     """
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise ValueError(
-            f"scale is {scale!r}; expected a positive finite number: its square root goes to queries and keys alike"
-        )
+    require_number(
+        "scale", scale, 0.0, math.inf, "a positive finite number: its square root goes to queries and keys alike"
+    )
     return float(scale)
 
 
 def check_dropout(p: float) -> None:
     """Raises ``ValueError`` unless p is a probability below 1."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-        raise ValueError(f"dropout is {p!r}; expected a probability in [0, 1)")
+    require_number("dropout", p, -math.ulp(0.0), 1.0, "a probability in [0, 1)")

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spectraformer import ops, registry
-from spectraformer.checks import check_causal, check_padding_mask, check_query_key, resolve_scale
+from spectraformer.checks import (
+    check_causal,
+    check_padding_mask,
+    check_query_key,
+    require_choice,
+    require_flag,
+    require_float_dtype,
+    require_integer,
+    require_number,
+    resolve_scale,
+)
 from spectraformer.components import (
     KERNELS,
     ComponentFunction,
@@ -25,12 +36,11 @@ from spectraformer.components import (
 )
 from spectraformer.components.pairs import fold_groups
 from spectraformer.components.statistics import Moments, RunningMoments, moments
-from spectraformer.weights.base import WeightMatrix, require_choice, require_flag, require_positive_integer
+from spectraformer.ops.graph import is_recomputing
+from spectraformer.weights.base import Projection, WeightMatrix
 
 Statistics = Literal["auto", "batch", "running"]
 STATISTICS = ("auto", "batch", "running")
-# The margin that keeps translated coordinates of "+" features positive, in root mean squares of a coordinate.
-POSITIVE_MARGIN = 1e-2
 
 
 class FeatureMap(nn.Module):
@@ -54,8 +64,8 @@ class FeatureMap(nn.Module):
             and head, real tokens only), "running" an average over training, "auto" batch for bidirectional and
             running for causal attention, which must not look ahead.
         momentum: Weight of a new batch in the running average, in (0, 1].
-        redraw_every: Redraw W every so many forward passes in training; None never. Under activation
-            checkpointing recomputed passes are not counted.
+        redraw_every: Redraw W every so many forward passes in training; None never. Activation checkpointing
+            repeats the last pass exactly: run backward after each.
         share_weight: One W for all heads; None shares a random W and gives each head its own learned W.
         component_options: Further arguments of the component function.
         weight_options: Further arguments of the weight matrix.
@@ -92,21 +102,20 @@ class FeatureMap(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive_integer("head_dim", head_dim)
-        require_positive_integer("num_features", num_features)
         require_choice("kernel", kernel, KERNELS)
         require_choice("statistics", statistics, STATISTICS)
         require_flag("center", center)
-        if num_heads is not None:
-            require_positive_integer("num_heads", num_heads)
-        if redraw_every is not None:
-            require_positive_integer("redraw_every", redraw_every)
+        for name, size in (
+            ("head_dim", head_dim),
+            ("num_features", num_features),
+            ("num_heads", 1 if num_heads is None else num_heads),
+            ("redraw_every", 1 if redraw_every is None else redraw_every),
+        ):
+            require_integer(name, size)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed is {seed!r}; expected an integer")
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 < momentum <= 1:
-            raise ValueError(f"momentum is {momentum!r}; expected a number in (0, 1]")
-        if share_weight is False and num_heads is None:
-            raise ValueError("share_weight=False needs num_heads: how many weight matrices to draw")
+        require_number("momentum", momentum, 0.0, math.nextafter(1.0, 2.0), "a number in (0, 1]")
+        require_float_dtype(dtype)
         self.head_dim = head_dim
         self.num_features = num_features
         self.num_heads = num_heads
@@ -134,8 +143,6 @@ class FeatureMap(nn.Module):
         self.running = RunningMoments(head_dim, num_heads, self.component.order) if self.data_dependent else None
         self.to(device=torch.get_default_device() if device is None else device, dtype=dtype)
 
-    # -- randomness --------------------------------------------------------------------------------------
-
     def _generator(self) -> torch.Generator:
         """A CPU generator that is a function of (seed, number of redraws) alone."""
         mixed = (self.seed * 0x9E3779B97F4A7C15 + self._redraws * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
@@ -150,15 +157,15 @@ class FeatureMap(nn.Module):
             self.component.redraw(generator)
 
     def _count_pass(self) -> None:
-        """Redraws on schedule. A pass inside backward is a recomputation, which must see the same W."""
-        if self.redraw_every is None or not self.training or torch._C._current_graph_task_id() != -1:
+        """Redraws on schedule."""
+        if self.redraw_every is None or not self.training or is_recomputing():
             return
         if self._passes and self._passes % self.redraw_every == 0:
             self.redraw()
         self._passes += 1
 
     def get_extra_state(self) -> Tensor:
-        """Counters of the redraw schedule, so that a resumed run draws what an uninterrupted one would."""
+        """Counters of the redraws, so that a resumed run draws what an uninterrupted one would."""
         return torch.tensor([self._passes, self._redraws])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -196,15 +203,28 @@ class FeatureMap(nn.Module):
     def _batch_moments(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, root: float
     ) -> tuple[Moments, Moments]:
-        h, groups = k.shape[1], q.shape[1] // k.shape[1]
-        order = self.component.order
-        minimum = self.component.needs_minimum
-        query_rows = None if query_mask is None else query_mask.repeat(1, groups).unsqueeze(1)
-        key_rows = None if key_mask is None else key_mask.unsqueeze(1)
+        order, minimum = self.component.order, self.component.needs_minimum
+        query_rows = None if query_mask is None else query_mask.repeat(1, q.shape[1] // k.shape[1])
         return (
-            moments(fold_groups(q, h), query_rows, root, order, minimum),
-            moments(k, key_rows, root, order, minimum),
+            moments(fold_groups(q, k.shape[1]), query_rows, root, order, minimum),
+            moments(k, key_mask, root, order, minimum),
         )
+
+    def _check_statistics(self, is_causal: bool) -> None:
+        """Refuses parameters that would look into the future."""
+        if not is_causal or not self.data_dependent:
+            return
+        name = type(self.component).__name__
+        if self.component.needs_minimum:
+            raise ValueError(
+                f"{name} has no causal form: it translates tokens by the least coordinates of the whole sequence; "
+                "use the function without '+', or oprf"
+            )
+        if self.statistics == "batch":
+            raise ValueError(
+                f"{name} with statistics='batch' would look into the future of causal attention; "
+                "use statistics='auto' or 'running'"
+            )
 
     def _moments(
         self,
@@ -214,35 +234,27 @@ class FeatureMap(nn.Module):
         query_mask: Tensor | None,
         root: float,
         is_causal: bool,
+        track: bool,
     ) -> tuple[Moments, Moments] | None:
         if self.running is None:
             return None
-        if is_causal and self.component.needs_minimum:
-            raise ValueError(
-                f"{type(self.component).__name__} has no causal form: it translates tokens by the least coordinates "
-                "of the whole sequence; use the function without '+', or oprf"
-            )
-        if is_causal and self.statistics == "batch":
-            raise ValueError(
-                f"{type(self.component).__name__} with statistics='batch' would look into the future of causal "
-                "attention; use statistics='auto' or 'running'"
-            )
         if self.statistics == "batch" or (self.statistics == "auto" and not is_causal):
             return self._batch_moments(q, k, key_mask, query_mask, root)
-        held: tuple[Moments, Moments] = self.running()  # before the update: this call must not depend on its own tokens
-        if self.training and k.shape[2] > 1:
-            fresh = self._batch_moments(q, k, key_mask, query_mask, root)
-            self.running.update(*fresh, self.momentum)
+        if not (track and self.training):
+            held: tuple[Moments, Moments] = self.running()
+        elif is_recomputing():
+            held = self.running(previous=True)
+        else:
+            held = self.running()  # before the update: this call must not depend on its own tokens
+            if q.shape[2] and k.shape[2]:
+                fresh = self._batch_moments(q, k, key_mask, query_mask, root)
+                real = None if key_mask is None else key_mask.any(-1)
+                self.running.update(*fresh, self.momentum, real)
         return held
 
-    def _shift(self, found: tuple[Moments, Moments] | None) -> Tensor | None:  # (b | 1, h | 1, d)
-        if found is None:
-            return None
-        q, k = found
+    def _shift(self, q: Moments, k: Moments) -> Tensor | None:  # (b | 1, h | 1, d)
         if self.component.needs_minimum:
-            size = (q.diagonal + k.diagonal).mean(-1, keepdim=True).sqrt()
-            margin = POSITIVE_MARGIN * size + torch.finfo(size.dtype).tiny
-            return torch.minimum(q.minimum, k.minimum) - margin
+            return self.component.shift(q, k)
         return 0.5 * (q.mean + k.mean) if self.center else None
 
     # -- features ----------------------------------------------------------------------------------------
@@ -267,18 +279,24 @@ class FeatureMap(nn.Module):
         scale: float | None = None,
         is_causal: bool = False,
         enable_gqa: bool = False,
+        track: bool = True,
     ) -> Exponential | Signed:
-        """The features of queries and keys, as a pair that can attend; see :meth:`features` for plain tensors."""
+        """The features of queries and keys, as a pair that can attend; see :meth:`features` for plain tensors.
+
+        In training a pass counts for the redraw schedule and the running moments, unless ``track`` is False.
+        """
         self._check(q, k, key_padding_mask, query_padding_mask, enable_gqa)
         if is_causal:
             check_causal(q, k)
         if query_padding_mask is None and q.shape[2] == k.shape[2]:
             query_padding_mask = key_padding_mask  # self-attention: only the statistics look at it
         root = math.sqrt(resolve_scale(scale, self.head_dim))
-        self._count_pass()
+        self._check_statistics(is_causal)
+        if track:
+            self._count_pass()
         with ops.full_precision(q.device):
-            found = self._moments(q, k, key_padding_mask, query_padding_mask, root, is_causal)
-            shift = self._shift(found)
+            found = self._moments(q, k, key_padding_mask, query_padding_mask, root, is_causal, track)
+            shift = None if found is None else self._shift(*found)
             if found is not None and shift is not None:
                 found = (found[0].shifted(shift), found[1].shifted(shift))
             fitted = Parameters()
@@ -288,7 +306,15 @@ class FeatureMap(nn.Module):
             mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(1)
             dtype = torch.float64 if self.component.needs_float64 else ops.compute_dtype(q, k)
             tokens = Tokens(q, k, root, shift, mask, self.kernel, dtype)
-            return self.component(tokens, self.weight(), fitted)  # type: ignore[no-any-return]
+            return self.component(tokens, self._projection(), fitted)  # type: ignore[no-any-return]
+
+    def _projection(self) -> Projection:
+        """The current W; a copy where a scheduled redraw, which is in place, may come before backward."""
+        made: Projection = self.weight()
+        if self.redraw_every is None or not torch.is_grad_enabled():
+            return made
+        copies = {name: getattr(made, name).clone() for name in ("omega", "log_abs_weight", "sign_weight")}
+        return replace(made, **copies)
 
     def features(
         self,
@@ -302,7 +328,7 @@ class FeatureMap(nn.Module):
 
         They overflow where the kernel does; attention does not use them.
         """
-        pair = self(q, k, key_padding_mask=key_padding_mask, scale=scale, enable_gqa=True)
+        pair = self(q, k, key_padding_mask=key_padding_mask, scale=scale, enable_gqa=True, track=False)
         query, key = pair.features()
         return query.dense(), key.dense()
 
@@ -325,8 +351,9 @@ class FeatureMap(nn.Module):
             dtype: float32 (default) or float64.
         """
         for name, size in (("batch", batch), ("num_heads", num_heads), ("value_dim", value_dim)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-                raise ValueError(f"{name} is {size!r}; expected an integer of at least 0")
+            require_integer(name, size, least=0)
+        if self.num_heads is not None and num_heads != self.num_heads:
+            raise ValueError(f"num_heads is {num_heads}, but the feature map was made for num_heads={self.num_heads}")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype is {dtype}; expected float32 or float64: sums over a stream need the precision")
         return ops.empty_state(
@@ -343,7 +370,7 @@ class FeatureMap(nn.Module):
     @torch.no_grad()
     def record_unsafe(self, unsafe: Tensor | None) -> None:
         """Adds guarded denominators to :attr:`unsafe_denominators`; attention calls it."""
-        if unsafe is not None:
+        if unsafe is not None and not is_recomputing():
             self.unsafe_denominators[0] += unsafe.sum()
             self.unsafe_denominators[1] += unsafe.numel()
 
@@ -368,7 +395,5 @@ class FeatureMap(nn.Module):
         check_padding_mask("query_padding_mask", query_mask, q)
 
     def extra_repr(self) -> str:
-        parts = [f"kernel={self.kernel}", f"feature_dim={self.feature_dim}", f"seed={self.seed}"]
-        parts += ["center=True"] if self.center else []
-        parts += [f"redraw_every={self.redraw_every}"] if self.redraw_every else []
-        return ", ".join(parts)
+        options = f"center={self.center}, statistics={self.statistics}, redraw_every={self.redraw_every}"
+        return f"kernel={self.kernel}, feature_dim={self.feature_dim}, seed={self.seed}, {options}"

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectraformer.attention import random_feature_attention
-from spectraformer.checks import check_dropout, describe
+from spectraformer.checks import check_dropout, describe, require_integer
 from spectraformer.features import FeatureMap
-from spectraformer.weights.base import require_positive_integer
 
 # need_weights=True builds the implied n x s matrix: refused above this many entries a head.
 MAX_WEIGHTS = 4096 * 4096
@@ -76,10 +75,10 @@ class RandomFeatureAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-            require_positive_integer(name, value)
+            require_integer(name, value)
         for name, size in (("kdim", kdim), ("vdim", vdim)):
             if size is not None:
-                require_positive_integer(name, size)
+                require_integer(name, size)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim is {embed_dim}; expected a multiple of num_heads={num_heads}")
         check_dropout(dropout)
@@ -196,7 +195,7 @@ class RandomFeatureAttention(nn.Module):
         batched = query.ndim == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-            if key_padding_mask is not None and key_padding_mask.ndim == 1:
+            if isinstance(key_padding_mask, Tensor) and key_padding_mask.ndim == 1:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -220,6 +219,13 @@ class RandomFeatureAttention(nn.Module):
         ):
             if not isinstance(x, Tensor) or x.ndim not in (2, 3):
                 raise ValueError(f"{name} is {describe(x)}; expected (batch, tokens, {dim}) or (tokens, {dim})")
+            held = self.out_proj.weight
+            if x.is_sparse:
+                raise ValueError(f"{name} is a sparse tensor; expected a dense one")
+            if x.device != held.device:
+                raise ValueError(f"{name} is on {x.device} but the module is on {held.device}; move one to the other")
+            if x.dtype != held.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+                raise ValueError(f"{name} has dtype {x.dtype}; expected {held.dtype}, that of the module's parameters")
             if x.ndim != query.ndim or x.is_nested != query.is_nested:
                 raise ValueError(f"{name} is not batched as query is: {describe(x)} and {describe(query)}")
             if x.shape[-1] != dim if not x.is_nested else x.size(-1) != dim:
@@ -250,11 +256,12 @@ class RandomFeatureAttention(nn.Module):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat((self.bias_k.expand(k.shape[0], 1, -1), k), dim=1)
-            v = torch.cat((self.bias_v.expand(v.shape[0], 1, -1), v), dim=1)
         if self.add_zero_attn:
             k, v = functional.pad(k, (0, 0, 1, 0)), functional.pad(v, (0, 0, 1, 0))
+        if self.bias_k is not None and self.bias_v is not None:
+            # Autocast makes k and v of lower precision than parameters.
+            k = torch.cat((self.bias_k.to(k.dtype).expand(k.shape[0], 1, -1), k), dim=1)
+            v = torch.cat((self.bias_v.to(v.dtype).expand(v.shape[0], 1, -1), v), dim=1)
         q, k, v = (x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
         return q, k, v
 
@@ -325,7 +332,8 @@ class RandomFeatureAttention(nn.Module):
         positions = torch.arange(padded.shape[1], device=padded.device)
         real = positions < torch.tensor(lengths, device=padded.device).unsqueeze(-1)
         out, _ = self._attend(*self._project(padded, padded, padded), real, False, False)
-        return torch.nested.as_nested_tensor([x[:n] for x, n in zip(out, lengths, strict=True)]), None
+        rows = [x[:n] for x, n in zip(out, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout), None
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"

@@ -153,6 +153,9 @@ def build_weight(
     Raises:
         ValueError: For unknown names and options, and for an object that does not fit.
     """
+    _require_mapping("weight_options", options)
+    if share is False and num_heads is None:
+        raise ValueError("share_weight=False needs num_heads: how many weight matrices to draw")
     if isinstance(weight, WeightMatrix):
         if options:
             raise ValueError("weight_options are for a weight given by name; build the object with them instead")
@@ -185,6 +188,7 @@ def build_component(
     Raises:
         ValueError: For unknown names and options, and for an object that does not fit.
     """
+    _require_mapping("component_options", options)
     if isinstance(component, ComponentFunction):
         if options:
             raise ValueError("component_options are for a component given by name; build the object with them instead")
@@ -201,6 +205,11 @@ def build_component(
         num_heads=num_heads,
         generator=generator,
     )
+
+
+def _require_mapping(name: str, options: object) -> None:
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"{name} is {options!r}; expected a mapping from option names to values")
 
 
 def _build(

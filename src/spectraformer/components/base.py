@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from spectraformer import ops
+from spectraformer.checks import require_integer
 from spectraformer.components.pairs import Exponential, Features, Signed, fold_groups
 from spectraformer.components.statistics import Moments, Order
-from spectraformer.weights.base import Projection, require_positive_integer
+from spectraformer.weights.base import Projection
 
 Kernel = Literal["softmax", "gaussian"]
 KERNELS = ("softmax", "gaussian")
@@ -189,7 +190,7 @@ class ComponentFunction(nn.Module, ABC):
         positive: All features are positive whatever the tokens.
         needs_gaussian_rows: Unbiased, and meaningful, only if every row of W is exactly N(0, I_d).
         order: How much of the second moments :meth:`fit` needs.
-        needs_minimum: f translates the tokens by their least coordinates.
+        needs_minimum: f translates the tokens, by their least coordinates: see :meth:`shift`.
         shared_log: All features of a token share their log, which then ends in 1 instead of f.
         needs_float64: Its log-features are small differences of large terms.
     """
@@ -203,9 +204,9 @@ class ComponentFunction(nn.Module, ABC):
 
     def __init__(self, head_dim: int, *, num_heads: int | None = None, generator: torch.Generator) -> None:
         super().__init__()
-        require_positive_integer("head_dim", head_dim)
+        require_integer("head_dim", head_dim)
         if num_heads is not None:
-            require_positive_integer("num_heads", num_heads)
+            require_integer("num_heads", num_heads)
         self.head_dim = head_dim
         self.num_heads = num_heads
 
@@ -217,6 +218,10 @@ class ComponentFunction(nn.Module, ABC):
     def fit(self, q: Moments, k: Moments) -> Parameters:
         """Parameters for these moments of x and y; called without gradients."""
         return Parameters()
+
+    def shift(self, q: Moments, k: Moments) -> Tensor:  # (b, h, d)
+        """The translation of an f that ``needs_minimum``, from the moments before it."""
+        raise AssertionError(f"{type(self).__name__} says needs_minimum but defines no shift")
 
     @abstractmethod
     def forward(self, tokens: Tokens, projection: Projection, parameters: Parameters) -> Exponential | Signed:

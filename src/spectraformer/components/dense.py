@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectraformer.checks import require_number
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens, minus_half_sqnorm
-from spectraformer.components.exponential import OPRF
+from spectraformer.components.exponential import OPRF, RIDGE
 from spectraformer.components.pairs import Exponential, Features, Signed, with_signs
 from spectraformer.components.statistics import Moments, Order, optimal_rho
 from spectraformer.weights.base import Projection
@@ -26,16 +27,24 @@ from spectraformer.weights.base import Projection
 
 def symmetric_power(matrix: Tensor, power: float) -> Tensor:  # (..., d, d)
     """A power of a symmetric positive definite matrix, by its eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     floor = values.amax(-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny) * 1e-14
     scaled = vectors * values.maximum(floor).pow(power).unsqueeze(-2)
     return torch.matmul(scaled, vectors.mT)
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:  # (..., d), (..., d, d)
+    """Eigenvalues and eigenvectors; of the identity where the matrix is not finite, which would end the whole batch."""
+    bad = ~matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    values, vectors = torch.linalg.eigh(torch.where(bad, eye, matrix))
+    return values, vectors
+
+
 def _ridged(matrix: Tensor) -> Tensor:
-    """A second moment kept invertible: fewer tokens than dims leave it singular."""
+    """A second moment kept well away from singular: with fewer tokens than dims its inverse would amplify rounding."""
     trace = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = 1e-6 * trace + torch.finfo(torch.float32).tiny
+    ridge = RIDGE * trace + torch.finfo(torch.float32).tiny
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return matrix + ridge[..., None, None] * eye
 
@@ -77,6 +86,9 @@ class SDERF(ComponentFunction):
     .. math:: \log\varphi(x) = \sum_l\bigl[\tfrac14\log(1-4a_l) + a_l\omega_l^2
         + \sqrt{1-4a_l}\,\omega_l\,(Q^\top x)_l\bigr] - \tfrac12|x|^2
 
+    The code uses :math:`Q^\top\omega`, of the same law, for :math:`\omega`: the features are then functions of the
+    matrix :math:`Q\,\mathrm{diag}(a)\,Q^\top`, whatever eigenvectors rounding picks where eigenvalues meet.
+
     References:
         Likhosherstov et al., FAVOR#, arXiv 2302.00787.
     """
@@ -91,7 +103,7 @@ class SDERF(ComponentFunction):
         """Q^T and a from the eigenvectors of the mean of (x + y)(x + y)^T; in float64."""
         cross = q.mean.unsqueeze(-1) * k.mean.unsqueeze(-2)
         total = (q.matrix + k.matrix + cross + cross.mT).double()
-        values, vectors = torch.linalg.eigh(total)
+        values, vectors = eigh(total)
         coefficients = (1 - 1 / optimal_rho(values.clamp_min(0.0), 1)) / 8
         dtype = q.mean.dtype
         return Parameters(query_transform=vectors.mT.to(dtype), coefficients=coefficients.to(dtype))
@@ -99,12 +111,13 @@ class SDERF(ComponentFunction):
     def forward(self, tokens: Tokens, projection: Projection, parameters: Parameters) -> Exponential | Signed:
         """Features of queries and keys."""
         assert parameters.query_transform is not None and parameters.coefficients is not None
-        omega = projection.omega.unsqueeze(0)  # (1, g, m, d)
+        axes = parameters.query_transform.to(projection.omega.dtype)  # (b, p, d, d)
+        omega = projection.omega.unsqueeze(0) @ axes.mT  # (b, h, m, d)
         a = parameters.coefficients.to(omega.dtype).unsqueeze(-2)  # (b, p, 1, d)
         stretch = 1 - 4 * a
         constant = 0.25 * stretch.log().sum(-1)  # (b, p, 1)
         bias = 2 * (constant + (a * omega.square()).sum(-1)) + projection.log_abs_weight
-        landmarks = (omega * stretch.sqrt()) @ parameters.query_transform.to(omega.dtype)
+        landmarks = (omega * stretch.sqrt()) @ axes
         return with_signs(
             tokens.exponential(landmarks, landmarks, bias, minus_half_sqnorm, minus_half_sqnorm), projection
         )
@@ -146,8 +159,7 @@ class CDERF(ComponentFunction):
         angle: float = math.pi / 4,
     ) -> None:
         super().__init__(head_dim, num_heads=num_heads, generator=generator)
-        if not math.isfinite(angle):
-            raise ValueError(f"angle is {angle!r}; expected a finite number of radians")
+        require_number("angle", angle, -math.inf, math.inf, "a finite number of radians")
         p = num_heads or 1
         eye = torch.eye(head_dim).expand(p, head_dim, head_dim)
         self.eta = nn.Parameter(torch.zeros(p, head_dim))

@@ -30,6 +30,8 @@ SMALLEST_COORDINATE = 1e-30
 RATE_RANGE = (1e-4, 100.0)
 RATE_TABLE = 256  # 15 standard deviations above the largest rate
 PROBABILITY_GRID = 64
+# What keeps translated coordinates positive, in root mean squares of a coordinate.
+POSITIVE_MARGIN = 1e-2
 
 
 class DiscreteFeatures(ComponentFunction):
@@ -121,10 +123,9 @@ class PoisRF(DiscreteFeatures):
         counts = torch.arange(RATE_TABLE, dtype=torch.float64, device=rate.device)
         log_mass = counts * rate.log() - rate - torch.lgamma(counts + 1)
         table = log_mass.exp().cumsum(-1)  # (b, p, k)
-        b = max(upper.shape[0], table.shape[0])
-        h = max(upper.shape[1], table.shape[1])
+        b, h = table.shape[0], max(upper.shape[1], table.shape[1])
         u = -torch.expm1(upper.expand(b, h, *upper.shape[2:]))
-        found = torch.searchsorted(table.expand(b, h, -1).contiguous(), u.flatten(2).contiguous())
+        found = torch.searchsorted(table.expand(b, h, RATE_TABLE).contiguous(), u.flatten(2).contiguous())
         return found.clamp_max(RATE_TABLE - 1).view(u.shape)
 
     def log_coefficient(self, exponents: Tensor, parameter: Tensor) -> Tensor:
@@ -168,28 +169,35 @@ class GeomRF(DiscreteFeatures):
         return (log - 0.5 * self.head_dim * p.log()).to(parameter.dtype)
 
 
-class PoisRFPlus(PoisRF):
+class PositiveCoordinates(DiscreteFeatures):
+    """Discrete features of tokens translated to positive coordinates, in float64.
+
+    Exponents of tens times log-coordinates sum to thousands, of which products of features leave a difference of
+    order 1.
+    """
+
+    positive = True
+    needs_minimum = True
+    needs_float64 = True
+
+    def shift(self, q: Moments, k: Moments) -> Tensor:
+        """The least coordinates of all tokens, less a margin."""
+        size = (q.diagonal + k.diagonal).mean(-1, keepdim=True).sqrt()
+        margin = POSITIVE_MARGIN * size + torch.finfo(size.dtype).tiny
+        return torch.minimum(q.minimum, k.minimum) - margin
+
+
+class PoisRFPlus(PositiveCoordinates, PoisRF):
     """Poisson features of tokens translated to positive coordinates: positive, for small norms.
 
-    Computed in float64: exponents of tens times log-coordinates sum to thousands, of which products of features
-    leave a difference of order 1.
-
     References:
         Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
 
-    positive = True
-    needs_minimum = True
-    needs_float64 = True
 
-
-class GeomRFPlus(GeomRF):
-    """Geometric features of tokens translated to positive coordinates: positive, for small norms, in float64.
+class GeomRFPlus(PositiveCoordinates, GeomRF):
+    """Geometric features of tokens translated to positive coordinates: positive, for small norms.
 
     References:
         Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
-
-    positive = True
-    needs_minimum = True
-    needs_float64 = True

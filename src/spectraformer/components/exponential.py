@@ -19,10 +19,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectraformer.checks import require_number
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens, minus_half_sqnorm
 from spectraformer.components.pairs import Exponential, Features, Signed, with_signs
 from spectraformer.components.statistics import Moments, Order, mean_squared_sum, optimal_rho
 from spectraformer.weights.base import Projection
+
+# Added to second moments before they are inverted, relative to their mean: with fewer tokens than dims they are
+# singular, and the inverse would amplify rounding. Any transform is unbiased, so this only costs variance.
+RIDGE = 1e-4
 
 
 def generalized_exponential(
@@ -145,8 +150,7 @@ class GERF(ComponentFunction):
         super().__init__(head_dim, num_heads=num_heads, generator=generator)
         if sign not in (1, -1):
             raise ValueError(f"sign is {sign!r}; expected 1 (positive features) or -1 (signed features)")
-        if not math.isfinite(initial_eta):
-            raise ValueError(f"initial_eta is {initial_eta!r}; expected a finite number")
+        require_number("initial_eta", initial_eta, -math.inf, math.inf, "a finite number")
         self.sign = sign
         self.positive = sign == 1
         self.eta = nn.Parameter(torch.full((num_heads or 1,), float(initial_eta)))
@@ -234,5 +238,5 @@ class SADERF(OPRF):
 
 def _ridged(diagonal: Tensor) -> Tensor:
     """Second moments kept away from 0: a coordinate that is 0 for every token must not divide by 0."""
-    floor = 1e-6 * diagonal.mean(-1, keepdim=True) + torch.finfo(diagonal.dtype).tiny
+    floor = RIDGE * diagonal.mean(-1, keepdim=True) + torch.finfo(diagonal.dtype).tiny
     return diagonal + floor

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spectraformer.checks import require_integer
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens
 from spectraformer.components.pairs import Features, Signed
-from spectraformer.weights.base import Projection, require_positive_integer
+from spectraformer.weights.base import Projection
 
 
 class HRF(ComponentFunction):
@@ -45,7 +46,7 @@ class HRF(ComponentFunction):
         num_directions: int = 8,
     ) -> None:
         super().__init__(head_dim, num_heads=num_heads, generator=generator)
-        require_positive_integer("num_directions", num_directions)
+        require_integer("num_directions", num_directions)
         self.num_directions = num_directions
         self.register_buffer("directions", self._draw(generator).to(torch.get_default_dtype()))
 

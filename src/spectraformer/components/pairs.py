@@ -42,7 +42,8 @@ class Attended(NamedTuple):
 
 def fold_groups(x: Tensor, heads: int) -> Tensor:  # (b, h * g, n, d) -> (b, h, g * n, d)
     """Puts the query heads that share a key head into the token dimension."""
-    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+    b, all_heads, n, d = x.shape
+    return x.reshape(b, heads, all_heads // heads * n, d)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Exponential:
         operands = (
             self.query,
             self.key,
-            value,
+            value.to(torch.promote_types(value.dtype, self.key.dtype)),
             self.query_landmarks,
             self.key_landmarks,
             self.landmark_bias,
@@ -141,8 +142,8 @@ class Signed:
         with ops.full_precision(self.query.device):
             log, sign = self.query_features(fold_groups(self.query, self.key.shape[1]))
             shape = self.query.shape[:3]
-            log = log.reshape(*shape, -1) + self.query_bias().unsqueeze(-1)
-            query = Features(log, None if sign is None else sign.reshape(*shape, -1))
+            log = log.reshape(*shape, log.shape[-1]) + self.query_bias().unsqueeze(-1)
+            query = Features(log, None if sign is None else sign.reshape(*shape, sign.shape[-1]))
             return query, self._key_block(slice(None))
 
     def _key_block(self, block: slice) -> Features:
@@ -157,17 +158,7 @@ class Signed:
         backend: str = "auto",
     ) -> Attended:
         """Attention output, (b, h * g, n, e); causal from ``state`` if one is given."""
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend is {backend!r}; expected one of {', '.join(ops.BACKENDS)}")
-        if backend == "cpu":
-            raise ValueError(
-                "backend 'cpu' cannot run here: signed features are not a softmax over landmarks; "
-                "use backend='auto' or 'torch'"
-            )
-        b, _, s, _ = self.key.shape
-        n, e = self.query.shape[2], value.shape[-1]
-        if n == 0 or s == 0:
-            return Attended(value.new_zeros(b, self.query.shape[1], n, e), None, state)
+        ops.choose_backend(backend, self.query, self.key, value, positive=False, is_causal=state is not None)
         value = ops.with_ones(value.to(ops.compute_dtype(self.query, self.key, value)))
         with ops.full_precision(self.query.device):
             return self._attend_all(value) if state is None else self._attend_causal(value, state)

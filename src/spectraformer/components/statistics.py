@@ -57,7 +57,7 @@ class Moments(NamedTuple):
 @torch.no_grad()
 def moments(
     tokens: Tensor,  # (b, h, n, d)
-    mask: Tensor | None,  # (b, 1, n), True for real tokens
+    mask: Tensor | None,  # (b, n), True for real tokens
     root: float,
     order: Order,
     minimum: bool,
@@ -75,6 +75,7 @@ def moments(
     precise = order == "full" or minimum
     x = tokens.to(torch.float64 if precise else torch.promote_types(tokens.dtype, torch.float32))
     n = x.shape[-2]
+    mask = None if mask is None else mask.unsqueeze(1)
     if mask is None:
         count = x.new_full((1, 1, 1), max(n, 1))
     else:
@@ -119,7 +120,8 @@ def optimal_rho(phi: Tensor, d: int) -> Tensor:
 class RunningMoments(nn.Module):
     """Moments averaged over training, in persistent buffers: what causal attention uses, which must not look ahead.
 
-    They start at unit-variance queries and keys under the default scale: mean 0, E x_l^2 = 1 / sqrt(d).
+    They start at unit-variance queries and keys under the default scale: mean 0, E x_l^2 = 1 / sqrt(d). The moments
+    before the last update are kept beside them (not saved): a pass repeated in backward must see those.
 
     Args:
         head_dim: d.
@@ -139,31 +141,57 @@ class RunningMoments(nn.Module):
         p = num_heads or 1
         second = torch.full((p, head_dim), 1 / math.sqrt(head_dim))
         for side in ("query", "key"):
-            self.register_buffer(f"{side}_mean", torch.zeros(p, head_dim))
-            self.register_buffer(f"{side}_second", torch.diag_embed(second) if order == "full" else second.clone())
+            start = {
+                "mean": torch.zeros(p, head_dim),
+                "second": torch.diag_embed(second) if order == "full" else second,
+            }
+            for part, value in start.items():
+                self.register_buffer(f"{side}_{part}", value.clone())
+                self.register_buffer(f"previous_{side}_{part}", value.clone(), persistent=False)
         self.register_buffer("updates", torch.zeros(()))
 
-    def forward(self) -> tuple[Moments, Moments]:
-        """Copies of the moments of queries and keys, (1, p, d) each; minima are not kept."""
+    def forward(self, previous: bool = False) -> tuple[Moments, Moments]:
+        """Copies of the moments of queries and keys, (1, p, d) each, now or before the last update; no minima."""
         none = torch.zeros_like(self.query_mean).unsqueeze(0)
-        return (
-            Moments(self.query_mean.clone().unsqueeze(0), self.query_second.clone().unsqueeze(0), none),
-            Moments(self.key_mean.clone().unsqueeze(0), self.key_second.clone().unsqueeze(0), none),
+        prefix = "previous_" if previous else ""
+        query, key = (
+            Moments(
+                getattr(self, f"{prefix}{side}_mean").clone().unsqueeze(0),
+                getattr(self, f"{prefix}{side}_second").clone().unsqueeze(0),
+                none,
+            )
+            for side in ("query", "key")
         )
+        return query, key
 
     @torch.no_grad()
-    def update(self, q: Moments, k: Moments, momentum: float) -> None:
-        """Moves towards the moments of a batch; the first batches are averaged with equal weights."""
-        weight = (1 / (self.updates + 1)).clamp_min(momentum)
-        for held, new in (
-            (self.query_mean, q.mean),
-            (self.query_second, q.second),
-            (self.key_mean, k.mean),
-            (self.key_second, k.second),
-        ):
-            pooled = new.mean(0) if self.num_heads is not None else new.mean((0, 1)).unsqueeze(0)
-            held.lerp_(pooled.to(held.dtype), weight.to(held.dtype))
-        self.updates += 1
+    def update(self, q: Moments, k: Moments, momentum: float, real: Tensor | None = None) -> None:
+        """Moves towards the moments of a batch; the first batches are averaged with equal weights.
+
+        Args:
+            q: Moments of queries, (b, h, d).
+            k: Moments of keys, (b, h, d).
+            momentum: Least weight of the batch.
+            real: Which batch items have real tokens at all, (b,); None means all. Items that are not finite are left
+                out: one overflow must not spoil the moments for good.
+        """
+        finite = (
+            q.mean.sum((1, 2)) + k.mean.sum((1, 2)) + q.second.flatten(1).sum(1) + k.second.flatten(1).sum(1)
+        ).isfinite()
+        real = finite if real is None else finite & real
+        share = real.to(q.mean.dtype)
+        total = share.sum()
+        weight = torch.where(total > 0, (1 / (self.updates + 1)).clamp_min(momentum), 0.0)
+        for side, moments_of_side in (("query", q), ("key", k)):
+            for part in ("mean", "second"):
+                held: Tensor = getattr(self, f"{side}_{part}")
+                getattr(self, f"previous_{side}_{part}").copy_(held)
+                found = getattr(moments_of_side, part).to(share.dtype)
+                found = torch.where(real.view(-1, *(1,) * (found.ndim - 1)), found, 0.0)
+                pooled = torch.tensordot(share, found, 1) / total.clamp_min(1)
+                pooled = pooled if self.num_heads is not None else pooled.mean(0, keepdim=True)
+                held.lerp_(pooled.to(held.dtype), weight.to(held.dtype))
+        self.updates += (total > 0).to(self.updates.dtype)
 
     @torch.no_grad()
     def replace(self, q: Moments, k: Moments) -> None:

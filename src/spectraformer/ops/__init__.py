@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectraformer.checks import check_query_key, check_value, require_choice
 from spectraformer.ops import cpu, reference
 from spectraformer.ops.blocks import blocks
 from spectraformer.ops.hadamard import hadamard
@@ -43,6 +44,7 @@ __all__ = [
     "advance",
     "blocks",
     "causal_landmark_attention",
+    "choose_backend",
     "compute_dtype",
     "concatenate_flags",
     "empty_state",
@@ -83,21 +85,22 @@ def landmark_attention(
         Attention output in float32 (float64 if any operand is), 0 where every key is removed.
 
     Raises:
-        ValueError: If the backend is unknown or refuses, with every reason.
+        ValueError: If shapes do not fit, or the backend is unknown or refuses, with every reason.
     """
-    b, h, s, _ = key.shape
+    _check(query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias)
+    b, h, s, d = key.shape
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
     )
     heads, n = query.shape[1:3]
-    if n == 0 or s == 0:
+    run = cpu if choose_backend(backend, query, key, value) == "cpu" else reference
+    if b == 0 or n == 0 or s == 0:
         return value.new_zeros(b, heads, n, value.shape[-1])
-    any_key = (key_bias > float("-inf")).any(-1)  # (b, h)
+    any_key = (key_bias != float("-inf")).any(-1)  # (b, h); a NaN is a key, and shows
     key_bias = torch.where(any_key.unsqueeze(-1), key_bias, 0.0)
     with full_precision(query.device):
-        run = cpu if _choose(backend, query, key, value) == "cpu" else reference
         out = run.landmark_attention(
-            query.reshape(b, h, -1, query.shape[-1]),
+            query.reshape(b, h, heads // h * n, d),
             key,
             value,
             query_landmarks,
@@ -106,7 +109,7 @@ def landmark_attention(
             key_bias,
         )
     out = torch.where(any_key[:, :, None, None], out, 0.0)
-    return out.reshape(b, heads, n, -1)
+    return out.reshape(b, heads, n, out.shape[-1])
 
 
 def causal_landmark_attention(
@@ -124,15 +127,15 @@ def causal_landmark_attention(
     Returns:
         Output, (b, h * g, n, e), and the state after the last key.
     """
-    h = key.shape[1]
+    b, h, n, d = key.shape
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
     )
-    if key.shape[2] == 0:
+    if b == 0 or n == 0:
         return value.new_zeros(*query.shape[:3], value.shape[-1]), state
     with full_precision(query.device):
         out, state = reference.causal_landmark_attention(
-            query.reshape(query.shape[0], h, -1, *query.shape[2:]),
+            query.reshape(b, h, query.shape[1] // h, n, d),
             key,
             value,
             query_landmarks,
@@ -168,14 +171,60 @@ def _prepare(
     )
 
 
-def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+def choose_backend(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, *, positive: bool = True, is_causal: bool = False
+) -> str:
+    """The backend that will run, "cpu" or "torch".
+
+    Args:
+        backend: What is asked for; "auto" takes the fastest that accepts.
+        query: Queries.
+        key: Keys.
+        value: Values.
+        positive: Whether features are positive.
+        is_causal: Whether attention is causal.
+
+    Raises:
+        ValueError: If the name is unknown, or a backend named explicitly cannot run; with every reason.
+    """
+    require_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
     reasons = cpu.refusals(query, key, value)
+    if not positive:
+        reasons.append("signed features are not a softmax over landmarks")
+    if is_causal:
+        reasons.append("causal attention has no fused form on the CPU")
     if not reasons:
         return "cpu"
     if backend == "cpu":
-        raise ValueError("backend 'cpu' cannot run here: " + "; ".join(reasons) + "; use backend='auto'")
+        raise ValueError("backend 'cpu' cannot run here: " + "; ".join(reasons) + "; use backend='auto' or 'torch'")
     return "torch"
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    landmark_bias: Tensor,
+    key_bias: Tensor,
+) -> None:
+    check_query_key(query, key, None, enable_gqa=True)
+    check_value(key, value)
+    b, h, s, d = key.shape
+    m = query_landmarks.shape[-2] if query_landmarks.ndim == 4 else 0
+    for name, x, expected in (
+        ("query_landmarks", query_landmarks, (b, h, m, d)),
+        ("key_landmarks", key_landmarks, (b, h, m, d)),
+        ("landmark_bias", landmark_bias, (b, h, m)),
+        ("key_bias", key_bias, (b, h, s)),
+    ):
+        fits = len(expected) == x.ndim and all(
+            n == e or (n == 1 and i < 2) for i, (n, e) in enumerate(zip(x.shape, expected, strict=False))
+        )
+        if not fits or not m:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected {expected}, where batch and heads may be 1 for all"
+            )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-# torch 2.6 cannot tell export from compilation; there both count as export.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+from spectraformer.ops.graph import is_exporting
 
 
 def blocks(length: int, size: int) -> list[slice]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from spectraformer.ops.blocks import blocks, is_exporting
+from spectraformer.ops.blocks import blocks
+from spectraformer.ops.graph import is_exporting
 
 # Elements of one block of recomputed probabilities: 4 MiB in float32, about a core's share of cache.
 BLOCK_ELEMENTS = 1 << 20
@@ -32,8 +33,6 @@ def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
         reasons.append("the graph is being exported, and torch's fused CPU kernel would tie it to this device")
     if query.device.type != "cpu":
         reasons.append(f"tensors are on {query.device}, not on the CPU")
-    if query.dtype not in (torch.float32, torch.float64):
-        reasons.append(f"compute dtype is {query.dtype}, not float32 or float64")
     d, e = key.shape[-1], value.shape[-1]
     if max(d, e) > MAX_PADDING * min(d, e):
         reasons.append(f"value dim {e} and head dim {d} differ by more than {MAX_PADDING} times")
@@ -63,11 +62,17 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Ten
         value = pad(value, (0, d - e))
     elif d < e:
         query, key = pad(query, (0, e - d)), pad(key, (0, e - d))
+    query, key, value, bias = (_with_unit_stride(x) for x in (query, key, value, bias))
     mask = bias.unsqueeze(-2).expand(-1, -1, query.shape[-2], -1)
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=mask, scale=1.0
     )
     return out[..., :e], log_sum
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    """The kernel reads the last dimension as if it were contiguous, and silently reads other memory if it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _FusedLandmarkAttention(torch.autograd.Function):

@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectraformer.checks import require_integer
+
 Claim = Literal["unbiased", "vanishing", "deterministic", "learned"]
 """What a rule promises for a Gaussian mean: exact in expectation; biased, the bias vanishing as d, m or
 the order of the rule grows; one fixed rule, accurate for small norms; a learned law with its own kernel."""
@@ -95,9 +97,9 @@ class WeightMatrix(nn.Module, ABC):
     ) -> None:
         super().__init__()
         for name, value in (("head_dim", head_dim), ("num_features", num_features)):
-            require_positive_integer(name, value)
+            require_integer(name, value)
         if num_heads is not None:
-            require_positive_integer("num_heads", num_heads)
+            require_integer("num_heads", num_heads)
         if generator.device.type != "cpu":
             raise ValueError(
                 f"generator is on {generator.device}; expected a CPU generator, so that one seed gives one W "
@@ -185,27 +187,6 @@ class SampledWeight(WeightMatrix):
         for name, value in self._draw(generator).items():
             if value is not None:
                 getattr(self, name).copy_(value)
-
-
-def require_positive_integer(name: str, value: object) -> None:
-    """Raises ``ValueError`` unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
-
-
-def require_flag(name: str, value: object) -> None:
-    """Raises ``ValueError`` unless ``value`` is True or False; a non-empty string is no flag."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; expected True or False; nearest: {bool(value)}")
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ``ValueError`` unless ``value`` is one of ``choices``; names the nearest."""
-    if value not in choices:
-        from difflib import get_close_matches
-
-        near = get_close_matches(str(value), choices, n=1, cutoff=0.0)
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}; nearest: {near[0]!r}")
 
 
 def haar(d: int, generator: torch.Generator) -> Tensor:  # (d, d)

@@ -8,15 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import (
-    Draw,
-    SampledWeight,
-    chi,
-    haar,
-    num_blocks,
-    require_choice,
-    require_positive_integer,
-)
+from ..checks import require_choice, require_integer
+from .base import Draw, SampledWeight, chi, haar, num_blocks
 
 Norms = Literal["chi", "sqrt_d"]
 """Row norms: those of N(0, I_d) vectors, or the constant sqrt(d)."""
@@ -176,7 +169,7 @@ class Simplex(SampledWeight):
         num_heads: int | None = None,
         generator: torch.Generator,
     ) -> None:
-        require_positive_integer("head_dim", head_dim)
+        require_integer("head_dim", head_dim)
         if head_dim < 2:
             raise ValueError(f"head_dim is {head_dim}; a simplex needs at least 2; nearest: 2, or use 'orf'")
         super().__init__(head_dim, num_features, num_heads=num_heads, generator=generator)

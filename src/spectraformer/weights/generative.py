@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import Projection, require_positive_integer
+from ..checks import require_integer
+from .base import Projection
 from .learned import LearnedWeight, parameter
 
 
@@ -139,7 +140,7 @@ class InvertibleFlow(_NoiseDriven):
         generator: torch.Generator,
     ) -> None:
         super().__init__(head_dim, num_features, num_heads=num_heads, generator=generator)
-        require_positive_integer("num_layers", num_layers)
+        require_integer("num_layers", num_layers)
         d, self.num_layers = head_dim, num_layers
         self.layers = nn.ModuleList()
         splits = []

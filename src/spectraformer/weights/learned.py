@@ -14,14 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import (
-    Projection,
-    WeightMatrix,
-    next_power_of_two,
-    num_blocks,
-    require_choice,
-    require_positive_integer,
-)
+from ..checks import require_choice, require_integer
+from .base import Projection, WeightMatrix, next_power_of_two, num_blocks
 from .quasi import BELOW_ONE, require_sobol_dimension, sobol
 from .structured import draw_fastfood, fastfood_rows
 
@@ -136,7 +130,7 @@ class GaussianMixture(LearnedWeight):
         generator: torch.Generator,
     ) -> None:
         super().__init__(head_dim, num_features, num_heads=num_heads, generator=generator)
-        require_positive_integer("num_components", num_components)
+        require_integer("num_components", num_components)
         require_choice("covariance", covariance, ("diagonal", "full"))
         self.num_components = min(num_components, num_features)
         self.covariance = covariance
@@ -204,7 +198,7 @@ class BlackBoxQuantile(LearnedWeight):
     ) -> None:
         super().__init__(head_dim, num_features, num_heads=num_heads, generator=generator)
         require_sobol_dimension(head_dim)
-        require_positive_integer("num_knots", num_knots)
+        require_integer("num_knots", num_knots)
         if num_knots < 2:
             raise ValueError("num_knots is 1; a piecewise linear quantile needs at least 2; nearest: 2")
         self.num_knots = num_knots

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Draw, SampledWeight, chi, haar, require_flag, require_positive_integer
+from ..checks import require_flag, require_integer
+from .base import Draw, SampledWeight, chi, haar
 from .gaussian import simplex
 
 _MOST_NODES = 200_000
@@ -74,7 +75,7 @@ class GaussQuadrature(SampledWeight):
         order: int = 8,
         generator: torch.Generator,
     ) -> None:
-        require_positive_integer("order", order)
+        require_integer("order", order)
         if order < 2:
             raise ValueError("order is 1, whose only node is 0; expected at least 2; nearest: 2")
         self.order = order
@@ -191,8 +192,8 @@ class SparseGrid(SampledWeight):
         rotate: bool = True,
         generator: torch.Generator,
     ) -> None:
-        require_positive_integer("head_dim", head_dim)
-        require_positive_integer("level", level)
+        require_integer("head_dim", head_dim)
+        require_integer("level", level)
         require_flag("rotate", rotate)
         size = smolyak_size(head_dim, level)
         if size > _MOST_NODES:
@@ -256,7 +257,7 @@ class SphericalRadial(SampledWeight):
         degree: Literal[1, 3] = 3,
         generator: torch.Generator,
     ) -> None:
-        require_positive_integer("degree", degree)
+        require_integer("degree", degree)
         if degree not in (1, 3):
             raise ValueError(f"degree is {degree}; expected 1 or 3; nearest: 3")
         self.degree = degree

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Draw, SampledWeight, haar, require_choice, require_flag, require_positive_integer
+from ..checks import require_choice, require_flag, require_integer
+from .base import Draw, SampledWeight, haar
 
 _EDGE = 2.0**-31
 # The largest number below 1 that single precision can hold: a stored point must stay inside the open cube.
@@ -110,7 +111,7 @@ class QuasiMonteCarlo(SampledWeight):
         scramble: bool = True,
         generator: torch.Generator,
     ) -> None:
-        require_positive_integer("head_dim", head_dim)
+        require_integer("head_dim", head_dim)
         require_choice("sequence", sequence, ("sobol", "halton"))
         require_flag("scramble", scramble)
         if sequence == "sobol":

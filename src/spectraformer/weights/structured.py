@@ -14,18 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import require_choice, require_flag, require_integer
 from ..ops.hadamard import hadamard
-from .base import (
-    Draw,
-    SampledWeight,
-    chi,
-    next_power_of_two,
-    num_blocks,
-    rademacher,
-    require_choice,
-    require_flag,
-    require_positive_integer,
-)
+from .base import Draw, SampledWeight, chi, next_power_of_two, num_blocks, rademacher
 from .gaussian import Norms
 
 
@@ -77,7 +68,7 @@ class StructuredOrthogonal(SampledWeight):
         generator: torch.Generator,
     ) -> None:
         require_choice("norms", norms, ("sqrt_d", "chi"))
-        require_positive_integer("num_factors", num_factors)
+        require_integer("num_factors", num_factors)
         self.norms = norms
         self.num_factors = num_factors
         super().__init__(head_dim, num_features, num_heads=num_heads, generator=generator)
@@ -143,7 +134,7 @@ class RandomOrthogonalProducts(SampledWeight):
         generator: torch.Generator,
     ) -> None:
         require_choice("kind", kind, ("hybrid", "rademacher"))
-        require_positive_integer("num_factors", num_factors)
+        require_integer("num_factors", num_factors)
         require_choice("transform", transform, ("hadamard", "fourier"))
         self.kind = kind
         self.num_factors = num_factors
