@@ -96,8 +96,9 @@ def landmark_attention(
     run = cpu if choose_backend(backend, query, key, value) == "cpu" else reference
     if b == 0 or n == 0 or s == 0:
         return value.new_zeros(b, heads, n, value.shape[-1])
-    any_key = (key_bias != float("-inf")).any(-1)  # (b, h); a NaN is a key, and shows
-    key_bias = torch.where(any_key.unsqueeze(-1), key_bias, 0.0)
+    # A NaN is a key, and shows. Without any key the bias is made finite and the landmarks' values are made 0.
+    no_key = (key_bias == float("-inf")).all(-1, keepdim=True)  # (b, h, 1)
+    key_bias = key_bias.masked_fill(no_key, 0.0)
     with full_precision(query.device):
         out = run.landmark_attention(
             query.reshape(b, h, heads // h * n, d),
@@ -107,8 +108,8 @@ def landmark_attention(
             key_landmarks,
             landmark_bias,
             key_bias,
+            no_key.unsqueeze(-1),
         )
-    out = torch.where(any_key[:, :, None, None], out, 0.0)
     return out.reshape(b, heads, n, out.shape[-1])
 
 

@@ -47,10 +47,11 @@ def landmark_attention(
     key_landmarks: Tensor,  # (b, h, m, d)
     landmark_bias: Tensor,  # (b, h, m)
     key_bias: Tensor,  # (b, h, s), -inf removes a key; at least one key of each row is finite
+    no_key: Tensor,  # (b, h, 1, 1), where the output is to be 0
 ) -> Tensor:
     """Both softmaxes through the fused CPU kernel; memory linear in n and s with no factor m."""
     out: Tensor = _FusedLandmarkAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias.clamp_min(REMOVED)
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias.clamp_min(REMOVED), no_key
     )
     return out
 
@@ -77,16 +78,19 @@ def _with_unit_stride(x: Tensor) -> Tensor:
 
 class _FusedLandmarkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, u: Tensor, w: Tensor, a: Tensor, t: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, u: Tensor, w: Tensor, a: Tensor, t: Tensor, no_key: Tensor
+    ) -> Tensor:
         landmark_value, log_sum = _fused(w, k, v, t)
+        landmark_value = landmark_value.masked_fill(no_key, 0.0)
         out, _ = _fused(q, u, landmark_value, a + log_sum)
-        ctx.save_for_backward(q, k, v, u, w, a, t, landmark_value, log_sum, out)
+        ctx.save_for_backward(q, k, v, u, w, a, t, no_key, landmark_value, log_sum, out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, u, w, a, t, landmark_value, log_sum, out = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, u, w, a, t, no_key, landmark_value, log_sum, out = ctx.saved_tensors
         b, h, m, _ = u.shape
         block = max(64, BLOCK_ELEMENTS // (b * h * m))
 
@@ -105,6 +109,8 @@ class _FusedLandmarkAttention(torch.autograd.Function):
             d_log_sum += ds.sum(-2)
             d_landmark_value += p.mT @ g
 
+        d_landmark_value = d_landmark_value.masked_fill(no_key, 0.0)
+
         # Keys: softmax over keys, whose normaliser is a function of every key.
         outer = (d_log_sum - (d_landmark_value * landmark_value).sum(-1)).unsqueeze(-2)
         dk, dv, dt = torch.empty_like(k), torch.empty_like(v), torch.empty_like(t)
@@ -117,4 +123,4 @@ class _FusedLandmarkAttention(torch.autograd.Function):
             dv[:, :, rows] = p @ d_landmark_value
             dw += ds.mT @ kb
             dt[:, :, rows] = ds.sum(-1)
-        return dq, dk, dv, du, dw, d_log_sum, dt
+        return dq, dk, dv, du, dw, d_log_sum, dt, None

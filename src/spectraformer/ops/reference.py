@@ -23,11 +23,12 @@ def landmark_attention(
     key_landmarks: Tensor,  # (b, h, m, d)
     landmark_bias: Tensor,  # (b, h, m)
     key_bias: Tensor,  # (b, h, s), -inf removes a key; at least one key of each row is finite
+    no_key: Tensor,  # (b, h, 1, 1), where the output is to be 0
 ) -> Tensor:
     """Both softmaxes with their logits in memory: O((n + s) m) for each head."""
     logits = torch.einsum("bhmd,bhsd->bhms", key_landmarks, key) + key_bias.unsqueeze(-2)
     log_sum = logits.logsumexp(-1)
-    landmark_value = logits.softmax(-1) @ value
+    landmark_value = (logits.softmax(-1) @ value).masked_fill(no_key, 0.0)
     attend = torch.einsum("bhnd,bhmd->bhnm", query, query_landmarks)
     return (attend + (landmark_bias + log_sum).unsqueeze(-2)).softmax(-1) @ landmark_value
 

@@ -89,11 +89,11 @@ def _divide(
     numerator, denominator = sums[..., :-1], sums[..., -1:]
     if magnitude is None:
         # Not "> 0": a NaN must reach the output. Where no key was seen the numerator is 0 already.
-        return numerator / torch.where(denominator == 0, 1.0, denominator), None
+        return numerator / denominator.masked_fill(denominator == 0, 1.0), None
     floor = UNSAFE_RATIO * magnitude
     unsafe = denominator.detach().abs() < floor
     safe = torch.where(unsafe, torch.where(denominator < 0, -floor, floor), denominator)
-    return numerator / torch.where(magnitude == 0, 1.0, safe), unsafe.squeeze(-1)
+    return numerator / safe.masked_fill(magnitude == 0, 1.0), unsafe.squeeze(-1)
 
 
 def readout(
