@@ -198,7 +198,7 @@ class OPRF(ComponentFunction):
         Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
 
-    order: ClassVar[Order] = "diagonal"
+    order: ClassVar[Order] = "trace"
 
     def feature_dim(self, num_rows: int) -> int:
         """One a row."""
@@ -227,6 +227,8 @@ class SADERF(OPRF):
         Likhosherstov et al., FAVOR#: Sharp Attention Kernel Approximations via New Classes of Positive
         Random Features, arXiv 2302.00787.
     """
+
+    order: ClassVar[Order] = "diagonal"
 
     def fit(self, q: Moments, k: Moments) -> Parameters:
         """Psi from the diagonals of the second moments, then rho from the rescaled tokens."""

@@ -14,7 +14,6 @@ Terms of a query alone cancel. No epsilon, no overflow, and the output stays in 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from spectraformer.checks import check_query_key, check_value, require_choice
@@ -100,7 +99,7 @@ def landmark_attention(
     no_key = (key_bias == float("-inf")).all(-1, keepdim=True)  # (b, h, 1)
     key_bias = key_bias.masked_fill(no_key, 0.0)
     with full_precision(query.device):
-        out = run.landmark_attention(
+        out: Tensor = run.landmark_attention(
             query.reshape(b, h, heads // h * n, d),
             key,
             value,
