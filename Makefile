@@ -31,7 +31,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m spectraformer.catalogue --out docs/variants.md
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/cpu_attention.py --out results/cpu_attention.json
 
 clean:
