@@ -77,12 +77,7 @@ def random_feature_attention(
     check_padding_mask("key_padding_mask", key_padding_mask, key)
     if 0 in (*query.shape, *value.shape):
         return value.new_zeros(*query.shape[:3], value.shape[-1])
-    if key_padding_mask is not None:
-        # Even NaN in padding must not reach the sums: 0 * NaN is NaN.
-        real = key_padding_mask[:, None, :, None]
-        key, masked_value = key.masked_fill(~real, 0.0), value.masked_fill(~real, 0.0)
-    else:
-        masked_value = value
+    key, value = _clear_padding(key, value, key_padding_mask)
     pair = feature_map(
         query,
         key,
@@ -92,12 +87,11 @@ def random_feature_attention(
         is_causal=is_causal,
         enable_gqa=enable_gqa,
     )
-    dropped = _drop_values(masked_value, dropout_p)
     state = None
     if is_causal:
         dtype = ops.compute_dtype(query, key, value)
         state = feature_map.init_state(key.shape[0], key.shape[1], value.shape[-1], device=value.device, dtype=dtype)
-    attended = pair.attend(dropped, state=state, backend=backend)
+    attended = pair.attend(_drop_values(value, dropout_p), state=state, backend=backend)
     feature_map.record_unsafe(attended.unsafe)
     out: Tensor = attended.out.to(value.dtype)
     return out
@@ -142,9 +136,7 @@ def attention_step(
     _check_state(feature_map, key, value, state)
     if 0 in (*query.shape, *value.shape):
         return value.new_zeros(*query.shape[:3], value.shape[-1]), state
-    if key_padding_mask is not None:
-        real = key_padding_mask[:, None, :, None]
-        key, value = key.masked_fill(~real, 0.0), value.masked_fill(~real, 0.0)
+    key, value = _clear_padding(key, value, key_padding_mask)
     pair = feature_map(
         query,
         key,
@@ -212,13 +204,20 @@ def kernel_attention(
     visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
     visible = (visible.tril() if is_causal else visible).expand(query.shape[0], 1, -1, -1)
     if key_padding_mask is not None:
-        real = key_padding_mask[:, None, :, None]
-        key, value = key.masked_fill(~real, 0.0), value.masked_fill(~real, 0.0)
+        key, value = _clear_padding(key, value, key_padding_mask)
         visible = visible & key_padding_mask[:, None, None, :]
     seen = visible.any(-1, keepdim=True)
     bias = bias.masked_fill(~(visible | ~seen), -math.inf)
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=tau)
     return torch.where(seen, out, 0.0)
+
+
+def _clear_padding(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zeros in place of padding: even NaN there must not reach the sums, and 0 * NaN is NaN."""
+    if mask is None:
+        return key, value
+    padding = ~mask[:, None, :, None]
+    return key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
 
 
 def _drop_values(value: Tensor, p: float) -> Tensor:

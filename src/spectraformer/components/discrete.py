@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens
-from spectraformer.components.pairs import Exponential, Features, Signed, with_signs
+from spectraformer.components.pairs import Exponential, Features, Signed, with_key_signs, with_signs
 from spectraformer.components.statistics import Moments
 from spectraformer.weights.base import Projection
 
@@ -67,12 +67,7 @@ class DiscreteFeatures(ComponentFunction):
             odd = torch.remainder((x < 0).to(x.dtype) @ w.to(x.dtype).mT, 2)
             return Features(log, 1 - 2 * odd)
 
-        def key_features(y: Tensor) -> Features:
-            features = query_features(y)
-            assert features.sign is not None
-            return Features(features.log, features.sign * sign.to(y.dtype))
-
-        return tokens.signed(query_features, key_features, self.feature_dim(w.shape[-2]))
+        return tokens.signed(query_features, with_key_signs(query_features, sign), self.feature_dim(w.shape[-2]))
 
     def _positive(self, tokens: Tokens, projection: Projection, w: Tensor, half: Tensor) -> Exponential | Signed:
         """All coordinates are positive after the translation: an exponential of log x."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spectraformer.checks import require_number
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens, minus_half_sqnorm
-from spectraformer.components.pairs import Exponential, Features, Signed, with_signs
+from spectraformer.components.pairs import Exponential, Features, Signed, with_key_signs, with_signs
 from spectraformer.components.statistics import Moments, Order, mean_squared_sum, optimal_rho
 from spectraformer.weights.base import Projection
 
@@ -179,12 +179,9 @@ class GERF(ComponentFunction):
             half_sqnorm = 0.5 * x.square().sum(-1, keepdim=True)
             return Features(half_sqnorm + log.to(x.dtype), torch.cat((phase.cos(), phase.sin()), dim=-1))
 
-        def key_features(y: Tensor) -> Features:
-            features = query_features(y)
-            assert features.sign is not None
-            return Features(features.log, features.sign * sign.to(y.dtype))
-
-        return tokens.signed(query_features, key_features, self.feature_dim(projection.omega.shape[-2]))
+        return tokens.signed(
+            query_features, with_key_signs(query_features, sign), self.feature_dim(projection.omega.shape[-2])
+        )
 
 
 class OPRF(ComponentFunction):

@@ -76,17 +76,25 @@ class Exponential:
         """f: here the number of landmarks m."""
         return self.query_landmarks.shape[-2]
 
+    def _logits(self, tokens: Tensor, landmarks: Tensor) -> Tensor:  # (b, h, n, d), (b, h, m, d) -> (b, h, n, m)
+        half = 0.5 * self.landmark_bias.to(tokens.dtype).unsqueeze(-2)
+        return tokens @ landmarks.to(tokens.dtype).mT + half
+
+    def query_logits(self, tokens: Tensor) -> Tensor:
+        """The logits u . q + a / 2 of folded query tokens, (b, h, r, d) -> (b, h, r, m)."""
+        return self._logits(tokens, self.query_landmarks)
+
+    def key_logits(self, tokens: Tensor) -> Tensor:
+        """The logits w . k + a / 2 of key tokens, (b, h, r, d) -> (b, h, r, m)."""
+        return self._logits(tokens, self.key_landmarks)
+
     def features(self) -> tuple[Features, Features]:
         """Explicit log-features of queries, (b, h * g, n, m), and keys, (b, h, s, m)."""
         dtype = ops.compute_dtype(self.query, self.key, self.query_landmarks)
-        heads = self.key.shape[1]
         with ops.full_precision(self.query.device):
-            half = 0.5 * self.landmark_bias.to(dtype).unsqueeze(-2)
-            folded = fold_groups(self.query.to(dtype), heads)
-            log_query = (folded @ self.query_landmarks.to(dtype).mT + half).reshape(
-                *self.query.shape[:3], self.feature_dim
-            )
-            log_key = self.key.to(dtype) @ self.key_landmarks.to(dtype).mT + half
+            folded = fold_groups(self.query.to(dtype), self.key.shape[1])
+            log_query = self.query_logits(folded).reshape(*self.query.shape[:3], self.feature_dim)
+            log_key = self.key_logits(self.key.to(dtype))
             return (
                 Features(log_query + self.query_bias().to(dtype).unsqueeze(-1), None),
                 Features(log_key + self.key_bias.to(dtype).unsqueeze(-1), None),
@@ -202,6 +210,17 @@ def _flatten_heads(features: Features) -> Features:
     return Features(log.flatten(0, 1), None if sign is None else sign.flatten(0, 1))
 
 
+def with_key_signs(features: Callable[[Tensor], Features], sign: Tensor) -> Callable[[Tensor], Features]:
+    """The same signed features times the signs of the rule, (g, 1, f), which stand on the key side only."""
+
+    def of(y: Tensor) -> Features:
+        log, own = features(y)
+        assert own is not None
+        return Features(log, own * sign.to(own.dtype))
+
+    return of
+
+
 def with_signs(pair: Exponential, projection: Projection, copies: int = 1) -> Exponential | Signed:
     """``pair`` itself; for a rule with negative weights the same features, their signs on the key side.
 
@@ -213,13 +232,12 @@ def with_signs(pair: Exponential, projection: Projection, copies: int = 1) -> Ex
     if not projection.signed:
         return pair
     sign = projection.sign_weight.unsqueeze(-2).repeat(1, 1, copies)  # (g, 1, f)
-    half = 0.5 * pair.landmark_bias.unsqueeze(-2)
 
     def query_features(x: Tensor) -> Features:
-        return Features(x @ pair.query_landmarks.to(x.dtype).mT + half.to(x.dtype), None)
+        return Features(pair.query_logits(x), None)
 
     def key_features(y: Tensor) -> Features:
-        log = y @ pair.key_landmarks.to(y.dtype).mT + half.to(y.dtype)
+        log = pair.key_logits(y)
         return Features(log, sign.to(log.dtype).expand(log.shape))
 
     dtype = ops.compute_dtype(pair.query, pair.key)
