@@ -9,7 +9,7 @@ A package adds its own variants without touching this one::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar
@@ -68,10 +68,11 @@ class Table(Mapping[str, T]):
         """
         if isinstance(name, str) and name in self:
             return self[name]
-        raise ValueError(f"unknown {self.axis} {name!r}; expected one of {', '.join(self)}{_nearest(name, self)}")
+        raise ValueError(f"unknown {self.axis} {name!r}; expected one of {', '.join(self)}{nearest(name, self)}")
 
 
-def _nearest(name: object, choices: Mapping[str, T]) -> str:
+def nearest(name: object, choices: Iterable[str]) -> str:
+    """The end of an error message: which of the choices may have been meant."""
     near = get_close_matches(str(name).lower(), list(choices), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -166,7 +167,7 @@ def build_weight(
         return weight
     factory = WEIGHTS.lookup(weight)
     shared = (not factory.learned) if share is None else share
-    return _build(
+    return build(
         factory,
         f"weight matrix {weight!r}",
         options,
@@ -197,7 +198,7 @@ def build_component(
         if component.num_heads not in (None, num_heads):
             raise ValueError(f"component has num_heads={component.num_heads}, but the feature map has {num_heads}")
         return component
-    return _build(
+    return build(
         COMPONENTS.lookup(component),
         f"component function {component!r}",
         options,
@@ -212,14 +213,25 @@ def _require_mapping(name: str, options: object) -> None:
         raise ValueError(f"{name} is {options!r}; expected a mapping from option names to values")
 
 
-def _build(
+def build(
     factory: Callable[..., T],
     name: str,
     options: Mapping[str, Any] | None,
-    sizes: tuple[int, ...],
+    sizes: tuple[Any, ...],
     **given: Any,
 ) -> T:
-    """Calls a factory; an option it does not have is the user's error, answered with those it has."""
+    """Calls a factory with checked options.
+
+    Args:
+        factory: A class whose options are its keyword-only arguments.
+        name: What it is called in errors.
+        options: By name, or None.
+        sizes: Positional arguments.
+        given: Keyword arguments that are not the user's to choose.
+
+    Raises:
+        ValueError: For an option it does not have; the message lists those it has.
+    """
     known = [
         parameter.name
         for parameter in inspect.signature(factory).parameters.values()
