@@ -1,5 +1,5 @@
 # make test   sets up .venv, then lints, type-checks and tests
-# make demo   sets up .venv, then runs the quick start
+# make demo   sets up .venv, then trains softmax and three random-feature attentions on small ListOps, and writes a page
 # make docs   rewrites the generated page of variants
 # make bench  measures CPU attention against torch's and performer-pytorch's, and rewrites results/
 
@@ -24,8 +24,11 @@ lint: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --quiet
 
+# One thread: at this size two wait for each other longer than they compute.
 demo: $(VENV)/.installed
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/spectraformer train --task listops --size tiny --attention softmax posrf-orf oprf-orf oprf-fastfoodl \
+		--threads 1 --data demo/data --runs demo/runs
+	$(BIN)/spectraformer report demo/runs --out demo/report --least-margin 10
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m spectraformer.catalogue --out docs/variants.md
@@ -35,4 +38,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu_attention.py --out results/cpu_attention.json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
