@@ -37,7 +37,7 @@ quantiles of Φ(ω), and with any other rows they follow the wrong law, so the p
 """
 
 
-def _claim(cls: type) -> str:
+def claim(cls: object) -> str:
     """The first sentence of a docstring."""
     text = inspect.getdoc(cls) or ""
     first = re.sub(r":class:`(\w+)`", r"\1", " ".join(text.split("\n\n")[0].split()))
@@ -95,14 +95,14 @@ def variants_page() -> str:
         "",
         "| name | what it is | options | source |",
         "|---|---|---|---|",
-        *(f"| `{n}` | {_claim(f)} | {_options(f)} | {_references(f)} |" for n, f in COMPONENTS.items()),
+        *(f"| `{n}` | {claim(f)} | {_options(f)} | {_references(f)} |" for n, f in COMPONENTS.items()),
         "",
         "## Weight matrices",
         "",
         "| name | what it is | standing | options | source |",
         "|---|---|---|---|---|",
         *(
-            f"| `{n}` | {_claim(f)} | {weights[n].claim} | {_options(f)} | {_references(f)} |"
+            f"| `{n}` | {claim(f)} | {weights[n].claim} | {_options(f)} | {_references(f)} |"
             for n, f in WEIGHTS.items()
         ),
         "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table as Grid
 from spectraformer import records, registry
 from spectraformer.attention import kernel_attention, random_feature_attention
 from spectraformer.baselines import ATTENTIONS
+from spectraformer.catalogue import claim
 from spectraformer.checkpoint import load_saved_model, read_checkpoint
 from spectraformer.config import Run
 from spectraformer.evaluation import enough_memory
@@ -34,12 +34,6 @@ def require_attention(run: Run) -> None:
         build_attention(run.attention, run.model.width // run.model.num_heads, run.model.num_heads, 16, 0)
 
 
-def claim(thing: object) -> str:
-    """The first sentence of a docstring, without markup."""
-    text = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
-    return text.replace(":class:", "").replace("`", "").split(", :math:")[0].rstrip(".")
-
-
 def list_attentions(console: Console) -> None:
     """All names an attention can have."""
     for title, table in (
@@ -49,7 +43,7 @@ def list_attentions(console: Console) -> None:
     ):
         grid = Grid("name", "what it is", title=title, title_justify="left")
         for name, factory in table.items():
-            grid.add_row(name, claim(factory))
+            grid.add_row(name, claim(factory).replace("**", ""))
         console.print(grid, markup=False)
     generator = torch.Generator().manual_seed(0)
     matrices = [factory(2, 8, generator=generator) for factory in WEIGHTS.values()]

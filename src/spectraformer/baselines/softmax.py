@@ -7,7 +7,9 @@ from torch.nn import functional
 
 
 class Softmax(nn.Module):
-    r"""Softmax attention, :math:`\mathrm{softmax}(q k^T / \sqrt d) v`, by torch's fused kernels; n² time.
+    r"""Exact softmax attention by torch's fused kernels, in n² time.
+
+    .. math:: \mathrm{softmax}(q k^T / \sqrt d)\, v
 
     Args:
         head_dim: d.
