@@ -1,6 +1,6 @@
 # make test   sets up .venv, then lints, type-checks and tests
 # make demo   sets up .venv, then trains softmax and three random-feature attentions on small ListOps, and writes a page
-# make docs   rewrites the generated page of variants
+# make docs   rewrites the generated pages of variants and attentions
 # make bench  measures CPU attention against torch's and performer-pytorch's, and rewrites results/
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	$(BIN)/spectraformer report demo/runs --out demo/report --least-margin 10
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m spectraformer.catalogue --out docs/variants.md
+	$(BIN)/python -m spectraformer.catalogue --out docs
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"

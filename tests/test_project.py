@@ -11,15 +11,20 @@ import torch
 
 import spectraformer as sf
 from spectraformer import registry
-from spectraformer.catalogue import variants_page
+from spectraformer.catalogue import PAGES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 
-def test_the_page_of_variants_is_made_from_the_code():
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_made_from_the_code(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == PAGES[name](), "run `make docs`"
+
+
+def test_the_page_of_variants_has_every_pair():
     page = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
-    assert page == variants_page(), "run `make docs`"
     table = [line.split("|")[1:-1] for line in page.splitlines() if re.match(r"\| (\w|\+)+ \| (U|B|D|L|–)", line)]
     assert len(table) == len(sf.COMPONENTS) and all(len(row) == len(sf.WEIGHTS) + 1 for row in table)
 

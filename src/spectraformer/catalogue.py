@@ -1,16 +1,21 @@
-"""The table of all variants as a Markdown page, made from the code: ``python -m spectraformer.catalogue``."""
+"""Tables of all variants and attentions as Markdown, made from the code: ``python -m spectraformer.catalogue``."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from spectraformer import registry
+from spectraformer.baselines import ATTENTIONS
+from spectraformer.baselines.base import Baseline
 from spectraformer.components import COMPONENTS, ComponentFunction
+from spectraformer.config import AttentionConfig
+from spectraformer.model import build_attention
 from spectraformer.weights import WEIGHTS
 from spectraformer.weights.base import WeightMatrix
 
@@ -21,6 +26,8 @@ MARKS: dict[registry.Standing, str] = {
     "learned": "L",
     "refused": "–",
 }
+# The encoder of the Long Range Arena.
+HEADS, HEAD_DIM, LENGTH = 2, 32, 1024
 LEGEND = """\
 | mark | standing | what it means |
 |---|---|---|
@@ -110,12 +117,66 @@ def variants_page() -> str:
     return "\n".join(lines)
 
 
+def attentions_page() -> str:
+    """Every attention by name: what it costs, what masks it takes, what it adds to a model, and where it is from."""
+    lines = [
+        "# Attentions",
+        "",
+        "Made from the code by `python -m spectraformer.catalogue`; a test keeps it so. n is the number of tokens, m",
+        "that of random features, d the head dim. Parameters are what an attention adds to one layer at its defaults,",
+        f"with {HEADS} heads of {HEAD_DIM} and {LENGTH} tokens; the projections that all have are not counted.",
+        "",
+        "All take any length and exact key padding: padding is seen by no query, in no form.",
+        "",
+        "## To compare with",
+        "",
+        "| name | what it is | time | memory | causal | cross | parameters | options | source |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, factory in ATTENTIONS.own.items():
+        assert isinstance(factory, type) and issubclass(factory, Baseline)
+        forms = (_tick(factory.has_causal_form), _tick(factory.has_cross_form))
+        cells = (claim(factory), factory.complexity, factory.memory, *forms, _added(name), _options(factory))
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {factory.source} |")
+    lines += [
+        "",
+        "## Random features",
+        "",
+        "A name is `component-weight`. Time is n·m·d and memory n + m·d for all of them, causal too; a state of",
+        "m·(d + 1) numbers a head decodes token by token. Cross attention is always possible.",
+        "",
+        "| component function | features | causal | parameters | source |",
+        "|---|---|---|---|---|",
+    ]
+    for name, component in COMPONENTS.items():
+        causal = _tick(not component.needs_minimum)
+        sign = "positive" if component.positive else "signed"
+        lines.append(f"| `{name}` | {sign} | {causal} | {_added(f'{name}-mc')} | {_references(component)} |")
+    lines += ["", "| weight matrix | parameters | source |", "|---|---|---|"]
+    lines += [f"| `{name}` | {_added(f'posrf-{name}')} | {_references(weight)} |" for name, weight in WEIGHTS.items()]
+    return "\n".join([*lines, ""])
+
+
+def _tick(has: bool) -> str:
+    return "yes" if has else "no"
+
+
+def _added(name: str) -> str:
+    """How many trained numbers an attention adds to a layer."""
+    attention = build_attention(AttentionConfig(name=name), HEAD_DIM, HEADS, LENGTH, 0)
+    return f"{sum(parameter.numel() for parameter in attention.parameters()):,}"
+
+
+PAGES: dict[str, Callable[[], str]] = {"variants.md": variants_page, "attentions.md": attentions_page}
+
+
 def main() -> None:
-    """Writes the page."""
-    parser = argparse.ArgumentParser(description="Write the table of all variants as Markdown.")
-    parser.add_argument("--out", type=Path, default=Path("docs/variants.md"), help="file to write")
-    path: Path = parser.parse_args().out
-    path.write_text(variants_page(), encoding="utf-8")
+    """Writes the pages."""
+    parser = argparse.ArgumentParser(description="Write the tables of all variants and attentions as Markdown.")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
+    folder: Path = parser.parse_args().out
+    for name, page in PAGES.items():
+        (folder / name).write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
