@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -141,6 +142,8 @@ def evaluate(
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Only deterministic kernels inside; the former setting after."""
+    # Without this, cuBLAS refuses to be deterministic; it is read when cuBLAS is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
