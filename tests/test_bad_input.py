@@ -93,7 +93,7 @@ SETTINGS = {
     "unknown option": (setting("attention.options.centre=true"), ["'oprf-orf' has no option 'centre'", "center"]),
     "softmax option": (
         (*TRAIN, "--attention", "softmax", "--set", "attention.options.center=true"),
-        ["attention 'softmax' has no option 'center'; its options: none"],
+        ["attention 'softmax' has no option 'center'; its options: dropout"],
     ),
     "option's type": (setting("attention.options.center=3"), ["center is 3; expected True or False"]),
     "option's value": (setting("attention.options.redraw_every=0"), ["redraw_every is 0; expected an integer"]),

@@ -77,7 +77,7 @@ def random_feature_attention(
     check_padding_mask("key_padding_mask", key_padding_mask, key)
     if 0 in (*query.shape, *value.shape):
         return value.new_zeros(*query.shape[:3], value.shape[-1])
-    key, value = _clear_padding(key, value, key_padding_mask)
+    key, value = clear_padding(key, value, key_padding_mask)
     pair = feature_map(
         query,
         key,
@@ -136,7 +136,7 @@ def attention_step(
     _check_state(feature_map, key, value, state)
     if 0 in (*query.shape, *value.shape):
         return value.new_zeros(*query.shape[:3], value.shape[-1]), state
-    key, value = _clear_padding(key, value, key_padding_mask)
+    key, value = clear_padding(key, value, key_padding_mask)
     pair = feature_map(
         query,
         key,
@@ -204,7 +204,7 @@ def kernel_attention(
     visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
     visible = (visible.tril() if is_causal else visible).expand(query.shape[0], 1, -1, -1)
     if key_padding_mask is not None:
-        key, value = _clear_padding(key, value, key_padding_mask)
+        key, value = clear_padding(key, value, key_padding_mask)
         visible = visible & key_padding_mask[:, None, None, :]
     seen = visible.any(-1, keepdim=True)
     bias = bias.masked_fill(~(visible | ~seen), -math.inf)
@@ -212,7 +212,7 @@ def kernel_attention(
     return torch.where(seen, out, 0.0)
 
 
-def _clear_padding(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def clear_padding(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Zeros in place of padding: even NaN there must not reach the sums, and 0 * NaN is NaN."""
     if mask is None:
         return key, value

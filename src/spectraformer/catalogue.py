@@ -126,7 +126,7 @@ def attentions_page() -> str:
         "that of random features, d the head dim. Parameters are what an attention adds to one layer at its defaults,",
         f"with {HEADS} heads of {HEAD_DIM} and {LENGTH} tokens; the projections that all have are not counted.",
         "",
-        "All take any length and exact key padding: padding is seen by no query, in no form.",
+        "All take any length up to the longest they were made for, and exact key padding: padding is seen by no query.",
         "",
         "## To compare with",
         "",

@@ -11,11 +11,44 @@ from collections.abc import Callable
 
 from torch import nn
 
+from spectraformer.baselines.base import Baseline
+from spectraformer.baselines.bigbird import BigBird
+from spectraformer.baselines.informer import Informer
+from spectraformer.baselines.kernelized import Kernelized
+from spectraformer.baselines.linformer import Linformer
+from spectraformer.baselines.nystrom import Nystrom
+from spectraformer.baselines.reformer import Reformer
+from spectraformer.baselines.skyformer import Skyformer
 from spectraformer.baselines.softmax import Softmax
 from spectraformer.registry import Table
 
 MakeAttention = Callable[..., nn.Module]
 
-ATTENTIONS: Table[MakeAttention] = Table("attention", {"softmax": Softmax}, "spectraformer.attentions")
+ATTENTIONS: Table[MakeAttention] = Table(
+    "attention",
+    {
+        "softmax": Softmax,
+        "kernelized": Kernelized,
+        "nystrom": Nystrom,
+        "linformer": Linformer,
+        "informer": Informer,
+        "reformer": Reformer,
+        "bigbird": BigBird,
+        "skyformer": Skyformer,
+    },
+    "spectraformer.attentions",
+)
 
-__all__ = ["ATTENTIONS", "MakeAttention", "Softmax"]
+__all__ = [
+    "ATTENTIONS",
+    "Baseline",
+    "BigBird",
+    "Informer",
+    "Kernelized",
+    "Linformer",
+    "MakeAttention",
+    "Nystrom",
+    "Reformer",
+    "Skyformer",
+    "Softmax",
+]

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from spectraformer.attention import clear_padding
 from spectraformer.checks import (
     check_causal,
     check_padding_mask,
@@ -86,6 +87,9 @@ class Baseline(nn.Module, ABC):
             )
         if not query.shape[0] * query.shape[2] * key.shape[2]:
             return value.new_zeros(*query.shape[:3], value.shape[3])
+        key, value = clear_padding(key, value, key_padding_mask)
+        if key_padding_mask is not None and not self.has_cross_form:
+            query = query.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
         out = self.attend(query, key, value, key_padding_mask, is_causal)
         if key_padding_mask is not None:
             out = out.masked_fill(~key_padding_mask.any(-1)[:, None, None, None], 0.0)
@@ -100,4 +104,7 @@ class Baseline(nn.Module, ABC):
         mask: Tensor | None,  # (b, s), True for real tokens
         is_causal: bool,
     ) -> Tensor:
-        """Attention output, (b, h, n, e), of checked, non-empty inputs; finite where every key is padding."""
+        """Attention output, (b, h, n, e), of checked, non-empty inputs; finite where every key is padding.
+
+        Padded keys and values are 0 already, and so are padded queries where queries and keys are of one sequence.
+        """
