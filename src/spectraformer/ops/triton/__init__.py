@@ -1,0 +1,209 @@
+# mypy: disable-error-code="no-untyped-call,no-any-return"
+"""Landmark attention on a GPU: fused Triton kernels, forward and backward, that keep no logits.
+
+Keys are read once and queries once, by strides, whatever the layout; memory is that of inputs and output, and every
+sum is taken in an order that depends on shapes alone, so results are the same bits at every run. Triton is imported at
+the first call.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+# 227 KiB of shared memory a program.
+CAPABILITIES = (9, 10)
+# Products of float32: three products of the tensor cores' short format keep all bits that matter ("tf32x3"), the
+# plain units keep all ("ieee"). The short format alone ("tf32") is not offered: it has 10 bits.
+PRECISIONS = ("tf32x3", "ieee")
+
+
+def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Why the kernels cannot take these tensors; empty if they can."""
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("Triton is not installed")
+    # Triton's interpreter, which tests use, runs kernels on the CPU.
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"tensors are on {query.device}, not on a CUDA device")
+    elif query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] not in CAPABILITIES:
+        found = ".".join(map(str, torch.cuda.get_device_capability(query.device)))
+        reasons.append(f"the GPU has compute capability {found}; tiles are chosen for the shared memory of 9 and 10")
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if len(dtypes) > 1:
+        reasons.append(f"query, key and value have different dtypes {sorted(map(str, dtypes))}")
+    elif query.dtype not in DTYPES:
+        reasons.append(f"dtype {query.dtype} is none of {', '.join(map(str, DTYPES))}")
+    d, e = key.shape[-1], value.shape[-1]
+    if max(d, e) > MAX_HEAD_DIM:
+        reasons.append(f"head dim {d} or value dim {e} is above {MAX_HEAD_DIM}")
+    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
+        reasons.append("a tensor is empty")
+    return reasons
+
+
+def landmark_attention(
+    query: Tensor,  # (b, h * g, n, d)
+    key: Tensor,  # (b, h, s, d)
+    value: Tensor,  # (b, h, s, e)
+    query_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    key_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    landmark_bias: Tensor,  # (b | 1, h | 1, m)
+    key_bias: Tensor | None = None,  # (b | 1, h | 1, s), -inf removes a key
+    key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
+    precision: str = "tf32x3",
+) -> Tensor:  # (b, h * g, n, e)
+    r"""Two softmax attentions chained through landmarks, see :mod:`spectraformer.ops`.
+
+    The logit of key n at landmark i is :math:`w_i\cdot k_n + t_n + \sum_c C_c k_{nc}^2`. Logits, exponentials and sums
+    are float32; products take operands in the dtype of the inputs.
+
+    Args:
+        query: Queries, bfloat16, float16 or float32; g query heads share a key head. Any strides but the last: 1.
+        key: Keys, same dtype.
+        value: Values, same dtype.
+        query_landmarks: Rows u_i that queries see, float32.
+        key_landmarks: Rows w_i that keys see, float32.
+        landmark_bias: a_i, float32.
+        key_bias: t_n, float32, or None for 0. A head without any key gives 0.
+        key_quadratic: C_c, float32, or None for 0.
+        precision: Of products of float32 inputs: one of PRECISIONS.
+
+    Returns:
+        Output, dense, in the dtype of the values. Differentiable once in every operand.
+
+    Raises:
+        ValueError: If the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {PRECISIONS}")
+    query, key, value = (_with_unit_stride(x) for x in (query, key, value))
+    query_landmarks, key_landmarks, landmark_bias = (
+        _with_unit_stride(x.float()) for x in (query_landmarks, key_landmarks, landmark_bias)
+    )
+    key_bias = None if key_bias is None else _with_unit_stride(key_bias.float())
+    key_quadratic = None if key_quadratic is None else _with_unit_stride(key_quadratic.float())
+    operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        out: Tensor = _LandmarkAttention.apply(*operands, precision)
+        return out
+    forward: Tensor = torch.ops.spectraformer.landmark_attention(*operands, False, precision)[0]
+    return forward
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+OPERANDS = (
+    "Tensor query, Tensor key, Tensor value, Tensor query_landmarks, Tensor key_landmarks, Tensor landmark_bias, "
+    "Tensor? key_bias, Tensor? key_quadratic"
+)
+LIBRARY = torch.library.Library("spectraformer", "FRAGMENT")
+LIBRARY.define(
+    f"landmark_attention({OPERANDS}, bool needs_backward, str precision) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"landmark_attention_backward(Tensor grad, {OPERANDS}, Tensor out, Tensor landmark_value, Tensor log_sum, "
+    "Tensor query_log_sum, bool[] wanted, str precision) -> Tensor[]"
+)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    from spectraformer.ops.triton.launch import planned
+
+    return tuple(planned(_plan_forward, arguments[:8], arguments[8:]))
+
+
+def _plan_forward(operands: Any, needs_backward: bool, precision: str) -> Any:
+    from spectraformer.ops.triton.forward import plan_forward
+
+    return plan_forward(*operands, needs_backward=needs_backward, precision=precision)
+
+
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from spectraformer.ops.triton.configurations import choose
+
+    query, key, value, query_landmarks, *_, needs_backward, _ = arguments
+    (b, h), e, m = key.shape[:2], value.shape[-1], query_landmarks.shape[-2]
+    block = choose("keys", key.dtype, max(key.shape[-1], e), m).landmarks
+    padded = -(-m // block) * block
+    floats = {"dtype": torch.float32}
+    return (
+        query.new_empty(*query.shape[:3], e),
+        query.new_empty(b * h, padded, e, **floats),
+        query.new_empty(b * h, padded, **floats),
+        query.new_empty(b * query.shape[1], query.shape[2], **floats)
+        if needs_backward
+        else query.new_empty(0, **floats),
+    )
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    """Gradients of query, key and value, then of those of the five other operands that are given and wanted."""
+    from spectraformer.ops.triton.launch import planned
+
+    *operands, wanted, precision = arguments
+    query, key, value, *found = planned(_plan_backward, operands, (*wanted, precision))
+
+    def summed(x: Tensor, like: Tensor, *, pieces: bool) -> Tensor:
+        if pieces and like.ndim == 4:
+            x = x[..., : like.shape[2], :]
+        dimensions = [i for i in range(2) if like.shape[i] == 1 and x.shape[i] > 1] + ([2] if pieces else [])
+        return x.sum(dimensions).reshape(like.shape) if dimensions else x
+
+    in_pieces = (True, True, False, False, True)
+    others = zip(found, operands[4:9], in_pieces, wanted, strict=True)
+    return [query, key, value, *[summed(x, y, pieces=p) for x, y, p, w in others if w and y is not None]]
+
+
+def _plan_backward(operands: Any, *settings: Any) -> Any:
+    from spectraformer.ops.triton.backward import Wanted, plan_backward
+
+    *wanted, precision = settings
+    return plan_backward(*operands, wanted=Wanted(*wanted), precision=precision)
+
+
+def _backward_shapes(*arguments: Any) -> list[Tensor]:
+    operands, wanted = arguments[1:9], arguments[-2]
+    others = [x for x, w in zip(operands[3:], wanted, strict=True) if w and x is not None]
+    return [
+        *[x.new_empty(x.shape) for x in operands[:3]],
+        *[x.new_empty(x.shape, dtype=torch.float32) for x in others],
+    ]
+
+
+for _name, _run, _shapes in (
+    ("landmark_attention", _forward, _forward_shapes),
+    ("landmark_attention_backward", _backward, _backward_shapes),
+):
+    LIBRARY.impl(_name, _run, "CUDA")
+    LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"spectraformer::{_name}", _shapes, lib=LIBRARY)
+
+
+class _LandmarkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *operands, precision = arguments
+        results = torch.ops.spectraformer.landmark_attention(*operands, True, precision)
+        ctx.save_for_backward(*operands, *results)
+        ctx.precision = precision
+        out: Tensor = results[0]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        found = torch.ops.spectraformer.landmark_attention_backward(
+            _with_unit_stride(grad), *ctx.saved_tensors, needs[3:8], ctx.precision
+        )
+        others = iter(found[3:])
+        return (*found[:3], *(next(others) if need else None for need in needs[3:8]), None)

@@ -1,0 +1,249 @@
+# mypy: disable-error-code="import-untyped,import-not-found"
+"""The backward: probabilities are recomputed tile by tile, and no sum depends on the order of programs.
+
+Sums over tokens are taken in pieces of the sequence, and pieces are added in their order.
+
+Legend: b batch, h key heads, g query heads per key head, n queries, s keys, m landmarks, d head dim, e value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from spectraformer.ops.triton.configurations import Configuration, choose, split
+from spectraformer.ops.triton.key_backward import key_backward_kernel
+from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
+from spectraformer.ops.triton.query_backward import (
+    landmark_gradient_kernel,
+    query_backward_kernel,
+    query_gradient_kernel,
+)
+
+KEY_GRADIENTS = ("grad_key", "grad_value", "grad_key_bias", "grad_key_landmarks", "grad_key_quadratic")
+
+
+class Wanted(NamedTuple):
+    """Gradients wanted beyond those of queries, keys and values."""
+
+    query_landmarks: bool
+    key_landmarks: bool
+    landmark_bias: bool
+    key_bias: bool
+    key_quadratic: bool
+
+
+class Gradients(NamedTuple):
+    """What the kernels fill, dense; None where not wanted. Pieces are still to be added, rows beyond m cut."""
+
+    query: Tensor  # (b, h g, n, d)
+    key: Tensor  # (b, h, s, d)
+    value: Tensor  # (b, h, s, e)
+    query_landmarks: Tensor | None  # (b, h, g pieces, m padded, d) float32
+    key_landmarks: Tensor | None  # (b, h, pieces, m padded, d) float32
+    landmark_bias: Tensor | None  # (b, h, m) float32
+    key_bias: Tensor | None  # (b, h, s) float32
+    key_quadratic: Tensor | None  # (b, h, pieces, d) float32
+
+
+def plan_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    landmark_bias: Tensor,
+    key_bias: Tensor | None,
+    key_quadratic: Tensor | None,
+    out: Tensor,
+    landmark_value: Tensor,
+    log_sum: Tensor,
+    query_log_sum: Tensor,
+    *,
+    wanted: Wanted,
+    precision: str,
+    configurations: Mapping[str, Configuration] | None = None,
+) -> tuple[list[Launch], Gradients]:
+    """The kernels of the backward and the tensors they fill; operands as the forward had and returned them.
+
+    Args:
+        grad: Gradient of the output, (b, h g, n, e), in the dtype of the queries, any batch, head and row strides.
+        query: Queries.
+        key: Keys.
+        value: Values.
+        query_landmarks: Landmarks that queries see.
+        key_landmarks: Landmarks that keys see.
+        landmark_bias: Bias of landmarks.
+        key_bias: Bias of keys or None.
+        key_quadratic: Coefficients of squared keys or None.
+        out: The forward's output, dense.
+        landmark_value: The forward's values of landmarks.
+        log_sum: The forward's log-sum-exps of landmarks.
+        query_log_sum: The forward's log-sum-exps of queries.
+        wanted: Which gradients to compute.
+        precision: Of float32 products, as Triton names it.
+        configurations: By name of pass, in place of the table's.
+    """
+    b, h, s, d = key.shape
+    query_heads, n = query.shape[1:3]
+    groups = query_heads // h
+    e, m = value.shape[-1], query_landmarks.shape[-2]
+    new = query.new_empty
+
+    def configuration(name: str) -> Configuration:
+        return (configurations or {}).get(name) or choose(name, key.dtype, max(d, e), m)
+
+    def floats(*shape: int) -> Tensor:
+        return new(shape, dtype=torch.float32)
+
+    # float16 would lose small probabilities and overflow with a scaled loss; its exponent range is too short here.
+    product = tl.float32 if key.dtype == torch.float32 else tl.bfloat16
+
+    def compile_time(chosen: Configuration, *, resident: bool = False) -> dict[str, Any]:
+        return constants(chosen, m, d, e, precision, resident=resident) | {"PRODUCT": product}
+
+    chosen = configuration("queries_backward" if wanted.query_landmarks else "queries_backward_frozen")
+    blocks = -(-m // chosen.landmarks)
+    padded = blocks * chosen.landmarks
+    pieces, span = split(n, b * query_heads * blocks, chosen)
+    grad_query, grad_key, grad_value = new(b, query_heads, n, d), new(b, h, s, d), new(b, h, s, e)
+    partial_value = floats(b * query_heads, pieces, padded, e)
+    partial_log_sum = floats(b * query_heads, pieces, padded)
+    grad_query_landmarks = floats(b, h, groups * pieces, padded, d) if wanted.query_landmarks else None
+    of_queries = {
+        "query": query,
+        "out": out,
+        "grad": grad,
+        "query_landmarks": query_landmarks,
+        "landmark_bias": landmark_bias,
+        "landmark_value": landmark_value,
+        "log_sum": log_sum,
+        "query_log_sum": query_log_sum,
+        **strides(query=query, grad=grad, query_landmarks=query_landmarks, landmark_bias=landmark_bias),
+        "heads": h,
+        "groups": groups,
+        "n": n,
+        "m_padded": log_sum.shape[-1],
+    }
+    launches = [
+        Launch(
+            query_backward_kernel,
+            b * query_heads * pieces * blocks,
+            of_queries
+            | {
+                "grad_query": grad_query if blocks == 1 else None,
+                "grad_landmark_value": partial_value,
+                "grad_log_sum": partial_log_sum,
+                "grad_query_landmarks": grad_query_landmarks,
+                "span": span,
+                "pieces": pieces,
+            },
+            compile_time(chosen),
+            chosen.warps,
+        )
+    ]
+    if blocks > 1:
+        tokens = configuration("queries_backward_tokens")
+        token_pieces, token_span = split(n, b * query_heads, tokens)
+        launches.append(
+            Launch(
+                query_gradient_kernel,
+                b * query_heads * token_pieces,
+                of_queries | {"grad_query": grad_query, "span": token_span, "pieces": token_pieces},
+                compile_time(tokens, resident=True),
+                tokens.warps,
+            )
+        )
+
+    grad_landmark_value, grad_log_sum = floats(b, h, m, e), floats(b, h, m)
+    shift = floats(b, h, m)
+    launches.append(
+        Launch(
+            landmark_gradient_kernel,
+            b * h * -(-m // 16),
+            {
+                "partial_value": partial_value,
+                "partial_log_sum": partial_log_sum,
+                "landmark_value": landmark_value,
+                "grad_landmark_value": grad_landmark_value,
+                "grad_log_sum": grad_log_sum,
+                "shift": shift,
+                "pieces": groups * pieces,
+                "m_padded": padded,
+                "m_padded_forward": log_sum.shape[-1],
+            },
+            {"M": m, "E": e, "E_PADDED": padded_dim(e), "ROWS": 16},
+            4,
+        )
+    )
+
+    chosen = configuration("keys_backward")
+    together = chosen.landmarks >= m
+    grad_key_bias = floats(b, h, s) if wanted.key_bias else None
+    grad_key_landmarks = grad_key_quadratic = None
+
+    def of_keys(name: str, parts: int, **filled: Tensor | None) -> Launch:
+        chosen, nothing = configuration(name), dict.fromkeys(KEY_GRADIENTS)
+        return Launch(
+            key_backward_kernel,
+            b * h * pieces * parts,
+            {
+                "key": key,
+                "value": value,
+                "key_landmarks": key_landmarks,
+                "key_bias": key_bias,
+                "key_quadratic": key_quadratic,
+                "log_sum": log_sum,
+                "grad_landmark_value": grad_landmark_value,
+                "shift": shift,
+                **nothing,
+                **filled,
+                **strides(key=key, value=value, key_landmarks=key_landmarks, key_bias=key_bias),
+                **strides(key_quadratic=key_quadratic),
+                "heads": h,
+                "s": s,
+                "span": span,
+                "pieces": pieces,
+                "m_padded_forward": log_sum.shape[-1],
+            },
+            compile_time(chosen, resident=True) | {"PARTS": parts} | ({"RESIDENT": True} if parts > 1 else {}),
+            chosen.warps,
+        )
+
+    pieces, span = split(s, b * h, chosen)
+    if wanted.key_quadratic:
+        grad_key_quadratic = floats(b, h, pieces, d)
+    if wanted.key_landmarks and together:
+        grad_key_landmarks = floats(b, h, pieces, chosen.landmarks, d)
+    launches.append(
+        of_keys(
+            "keys_backward",
+            1,
+            grad_key=grad_key,
+            grad_value=grad_value,
+            grad_key_bias=grad_key_bias,
+            grad_key_quadratic=grad_key_quadratic,
+            grad_key_landmarks=grad_key_landmarks,
+        )
+    )
+    if wanted.key_landmarks and not together:
+        chosen = configuration("keys_backward_landmarks")
+        blocks = -(-m // chosen.landmarks)
+        pieces, span = split(s, b * h * blocks, chosen)
+        grad_key_landmarks = floats(b, h, pieces, blocks * chosen.landmarks, d)
+        launches.append(of_keys("keys_backward_landmarks", blocks, grad_key_landmarks=grad_key_landmarks))
+    return launches, Gradients(
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_query_landmarks,
+        grad_key_landmarks,
+        grad_log_sum if wanted.landmark_bias else None,
+        grad_key_bias,
+        grad_key_quadratic,
+    )

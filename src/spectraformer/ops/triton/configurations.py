@@ -1,0 +1,135 @@
+"""Tile shapes of the kernels: one table, no tuning at run time, the same choice on every machine.
+
+Every program works on ``tokens`` tokens and ``landmarks`` landmarks at a time. Reading the sequence in one piece gives
+too few programs to fill a GPU, so ``programs`` says how many to aim at; the number depends on shapes alone, and with
+it the order of every sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+PASSES = (
+    "keys",
+    "queries",
+    "queries_backward",
+    "queries_backward_frozen",  # landmarks of queries take no gradient
+    "queries_backward_tokens",  # gradients of queries, where landmarks are cut into blocks
+    "keys_backward",
+    "keys_backward_landmarks",  # gradients of landmarks, where they are cut into blocks
+)
+HEAD_DIMS = (32, 64, 128, 256)
+LANDMARKS = (64, 128, 256)
+
+
+class Configuration(NamedTuple):
+    """How one kernel cuts its work.
+
+    Attributes:
+        landmarks: Landmarks of a tile, a power of two >= 16.
+        tokens: Tokens of a tile, a power of two >= 16.
+        warps: Warps of a program.
+        stages: Depth of the software pipeline over tiles.
+        programs: Programs to aim at; the sequence is split until there are as many.
+        resident: Whether all landmarks stay in shared memory over the whole loop.
+    """
+
+    landmarks: int
+    tokens: int
+    warps: int
+    stages: int
+    programs: int = 264
+    resident: bool = True
+
+
+def bucket(size: int, limits: tuple[int, ...]) -> int:
+    """The smallest limit that holds size, else the largest."""
+    return next((limit for limit in limits if size <= limit), limits[-1])
+
+
+def _sixteen_bit(d: int, m: int) -> dict[str, Configuration]:
+    """Measured on an H200 for head dim 64, m 128, and queries at m 256; the rest read off the compiler for sm_90.
+
+    Four warps instead of eight keep a little outside registers and are faster nevertheless.
+    """
+    block = min(m, 128)
+    warps = 4 if block == 64 else 8
+    if d == 256:
+        few = Configuration(64, 32, 4, 1, resident=m == 64)
+        return {
+            "keys": Configuration(64, 64, 4, 2),
+            "queries": Configuration(64, 64, 4, 1, resident=m <= 128),
+            "queries_backward": few,
+            "queries_backward_frozen": few,
+            "queries_backward_tokens": few,
+            "keys_backward": few,
+            "keys_backward_landmarks": few,
+        }
+    wide = d == 128
+    if m == 256:
+        queries = Configuration(64, 128, 8, 2) if wide else Configuration(block, 64, 4, 2)
+        backward = Configuration(block, 64, 8, 1) if wide else Configuration(256, 32, 8, 2)
+        frozen = backward
+        keys_backward = Configuration(block, 32, 8, 2) if wide else Configuration(block, 64, 8, 1)
+    else:
+        queries = Configuration(block, 64, 4, 2, 396)
+        backward = Configuration(block, 64, warps, 1 if wide else 2)
+        frozen = Configuration(block, 64, 4, 1) if block == 128 and not wide else backward
+        keys_backward = Configuration(block, 64, warps, 1) if wide else Configuration(block, 64, 4, 2)
+    return {
+        "keys": Configuration(block, 64, warps, 3),
+        "queries": queries,
+        "queries_backward": backward,
+        "queries_backward_frozen": frozen,
+        "queries_backward_tokens": Configuration(block, 32 if wide else 64, warps, 2 if wide else 1),
+        "keys_backward": keys_backward,
+        "keys_backward_landmarks": Configuration(block, 64, warps, 1 if wide else 2),
+    }
+
+
+def _thirty_two_bit(d: int, m: int) -> dict[str, Configuration]:
+    """Exact products take three times the operands: small tiles, and landmarks read again for each."""
+    landmarks = {32: 64, 64: 64, 128: 32, 256: 16}[d]
+    small = Configuration(landmarks, 32, 4, 1, resident=d * m <= 64 * 64)
+    return dict.fromkeys(PASSES, small)
+
+
+# Keyed by head dim and landmarks, then pass: the smallest bucket that holds each.
+_BUCKETS = [(d, m) for d in HEAD_DIMS for m in LANDMARKS]
+SIXTEEN_BIT = {(d, m): _sixteen_bit(d, m) for d, m in _BUCKETS}
+THIRTY_TWO_BIT = {(d, m): _thirty_two_bit(d, m) for d, m in _BUCKETS}
+
+
+def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Configuration:
+    """The configuration of one pass.
+
+    Args:
+        name: One of PASSES.
+        dtype: Of queries, keys and values: bfloat16, float16 or float32.
+        head_dim: The larger of head dim and value dim.
+        landmarks: Number of landmarks m.
+    """
+    table = THIRTY_TWO_BIT if dtype == torch.float32 else SIXTEEN_BIT
+    d, m = bucket(head_dim, HEAD_DIMS), bucket(landmarks, LANDMARKS)
+    chosen = table[d, m][name]
+    # Gradients of float16 take bfloat16 copies of landmarks beside them: no room is left for a pipeline.
+    if dtype == torch.float16 and (d, m) == (128, 256) and "backward" in name:
+        chosen = chosen._replace(stages=1)
+    # More landmarks than the last bucket do not fit in shared memory together.
+    return chosen._replace(resident=False) if landmarks > LANDMARKS[-1] else chosen
+
+
+def split(tokens: int, independent: int, configuration: Configuration) -> tuple[int, int]:
+    """Pieces to cut a sequence into: (number of pieces, tokens of each but the last).
+
+    Args:
+        tokens: Length of the sequence, >= 1.
+        independent: Programs there are without cutting.
+        configuration: Gives the tile and the number of programs to aim at.
+    """
+    tiles = -(-tokens // configuration.tokens)
+    pieces = max(1, min(tiles, configuration.programs // independent))
+    span = -(-tiles // pieces) * configuration.tokens
+    return -(-tokens // span), span

@@ -1,0 +1,163 @@
+# mypy: disable-error-code="import-untyped,import-not-found"
+"""Kernels with their arguments, planned without a device once per signature, then only launched.
+
+Planning and Triton's own dispatch cost more time than short sequences take on the GPU. Both depend on shapes, strides,
+dtypes and alignment alone, so what they lead to is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from spectraformer.ops.triton.configurations import Configuration
+
+# Versions whose compiled kernels take all arguments of the source, constants included; others go through dispatch.
+DIRECT = triton.__version__.startswith("3.6.")
+MAX_PLANS = 256
+
+
+class Launch(NamedTuple):
+    """One kernel with all it needs; built on any device, "meta" included, and run on the device of its tensors."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+
+    def run(self) -> None:
+        """Start the kernel with its own arguments."""
+        self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps, num_stages=1)
+
+    def dispatch(self, *arguments: Any) -> Callable[..., Any] | None:
+        """Start the kernel with other tensors of the same signature, compiling if need be.
+
+        Loops say their own pipeline depth; those that do not are not to be pipelined.
+
+        Returns:
+            What starts the compiled kernel with other arguments of the same signature; None when interpreted.
+        """
+        grid = (self.programs, 1, 1)
+        compiled = self.kernel[grid](*arguments, num_warps=self.warps, num_stages=1)
+        return None if compiled is None else compiled[grid]
+
+
+def strides(**tensors: Tensor | None) -> dict[str, int]:
+    """Strides of batch, head and row (of 3 dimensions: batch and head; of 4: all), 0 where one serves for all."""
+    found = {}
+    for name, x in tensors.items():
+        dimensions = ("batch", "head", "row")[: max(2, x.ndim - 1) if x is not None else 2]
+        for i, dimension in enumerate(dimensions):
+            found[f"{name}_{dimension}"] = 0 if x is None or (i < 2 and x.shape[i] == 1) else x.stride(i)
+    return found
+
+
+def padded_dim(size: int) -> int:
+    """The power of two >= 16 that holds a head dim."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def constants(
+    configuration: Configuration, landmarks: int, d: int, e: int, precision: str, *, resident: bool = False
+) -> dict[str, Any]:
+    """Compile-time arguments common to the kernels."""
+    found = {
+        "M": landmarks,
+        "D": d,
+        "E": e,
+        "D_PADDED": padded_dim(d),
+        "E_PADDED": padded_dim(e),
+        "BLOCKS": -(-landmarks // configuration.landmarks),
+        "LANDMARKS": configuration.landmarks,
+        "TOKENS": configuration.tokens,
+        "STAGES": configuration.stages,
+        "PRECISION": precision,
+    }
+    return found | {"RESIDENT": configuration.resident} if resident else found
+
+
+class Plan:
+    """Launches with places for tensors, and the tensors to allocate; built from "meta" tensors."""
+
+    def __init__(
+        self, operands: Sequence[Tensor | None], launches: Sequence[Launch], results: Iterable[Tensor | None]
+    ) -> None:
+        slots = {id(x): i for i, x in enumerate(operands) if x is not None}
+        allocated: list[Tensor] = []
+
+        def slot(x: Tensor) -> int:
+            if id(x) not in slots:
+                slots[id(x)] = len(operands) + len(allocated)
+                allocated.append(x)
+            return slots[id(x)]
+
+        self.starts: list[Callable[..., Callable[..., Any] | None]] = []
+        self.arguments: list[tuple[list[Any], list[tuple[int, int]]]] = []
+        for launch in launches:
+            arguments = [(launch.arguments | launch.constants)[name] for name in launch.kernel.arg_names]
+            places = [(i, slot(x)) for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+            self.arguments.append(([None if isinstance(x, Tensor) else x for x in arguments], places))
+            self.starts.append(launch.dispatch)
+        self.results = [None if x is None else slot(x) for x in results]
+        self.allocations = [(x.shape, x.dtype) for x in allocated]
+
+    def run(self, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Allocate, launch, and return the results."""
+        new = operands[0].new_empty  # type: ignore[union-attr]
+        tensors = [*operands, *[new(shape, dtype=dtype) for shape, dtype in self.allocations]]
+        for i, (template, places) in enumerate(self.arguments):
+            arguments = template.copy()
+            for place, slot in places:
+                arguments[place] = tensors[slot]
+            compiled = self.starts[i](*arguments)
+            # From dispatch only; a compiled kernel returns None.
+            if compiled is not None and DIRECT:
+                self.starts[i] = compiled
+        return [None if slot is None else tensors[slot] for slot in self.results]
+
+
+PLANS: dict[tuple[Any, ...], Plan] = {}
+
+
+def planned(
+    make: Callable[..., tuple[list[Launch], Iterable[Tensor | None]]],
+    operands: Sequence[Tensor | None],
+    settings: tuple[Any, ...],
+) -> list[Any]:
+    """Run what make(operands, *settings) plans, made anew only for a signature not met before.
+
+    Args:
+        make: From operands on the device "meta" to launches and results.
+        operands: Tensors, all on one device, or None.
+        settings: All else that the plan depends on.
+
+    Returns:
+        Results of the plan, freshly allocated; None where the plan has none.
+    """
+    first = operands[0]
+    assert first is not None
+    # A kernel is compiled for pointers aligned to 16 bytes or not, and loaded on one device.
+    signature = (
+        make,
+        first.device,
+        settings,
+        *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in operands],
+    )
+    plan = PLANS.get(signature)
+    if plan is None:
+        if len(PLANS) >= MAX_PLANS:
+            PLANS.clear()
+        shadows = [
+            None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+            for x in operands
+        ]
+        plan = PLANS[signature] = Plan(shadows, *make(shadows, *settings))
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.get_device()):
+            return plan.run(operands)
+    return plan.run(operands)
