@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from report_fixture import make_record, seven_records
-from spectraformer import report
 from spectraformer.report import write_report
 from spectraformer.report.page import summary
 from spectraformer.report.plots import spread
@@ -114,7 +113,7 @@ def test_a_failure_leaves_the_old_files(tmp_path, monkeypatch):
     out = tmp_path / "out"
     written = write_report(seven_records()[:1], out)
     before = {path: path.read_bytes() for path in all_files(written)}
-    monkeypatch.setattr(report.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(seven_records()[1:2], out)
     assert {path: path.read_bytes() for path in out.iterdir()} == before

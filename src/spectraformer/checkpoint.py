@@ -69,7 +69,11 @@ class Checkpoint:
 
 def save_tensors(path: Path, tensors: Tensors) -> None:
     """Writes tensors as safetensors; values that share memory are stored one by one."""
-    path.write_bytes(save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}))
+    path.write_bytes(_serialised(tensors))
+
+
+def _serialised(tensors: Tensors) -> bytes:
+    return save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -194,8 +198,7 @@ def restore_random(states: Tensors) -> None:
 
 def save_model(path: Path, model: nn.Module) -> dict[str, Any]:
     """Writes a model's weights atomically; returns their size and sha256 for the record."""
-    tensors = {name: x.detach().cpu().clone().contiguous() for name, x in model.state_dict().items()}
-    write_atomically(path, save(tensors))
+    write_atomically(path, _serialised(model.state_dict()))
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from re import sub
 
+from spectraformer.files import write_atomically
 from spectraformer.records import Record
 from spectraformer.report.page import footnotes, html_page
 from spectraformer.report.plots import curves_png, curves_svg
@@ -71,7 +69,7 @@ def write_report(records: Sequence[Record], out: Path) -> ReportPaths:
         ),
     }
     for path, content in contents.items():
-        _replace(path, content)
+        write_atomically(path, content)
     return paths
 
 
@@ -84,19 +82,3 @@ def _names(found: Sequence[Section]) -> list[str]:
         else f"{name}-{sha256(section.title.encode()).hexdigest()[:8]}".strip("-")
         for name, section in zip(plain, found, strict=True)
     ]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes the whole file or leaves the old one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone; a report is for reading
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
