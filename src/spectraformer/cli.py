@@ -7,16 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table as Grid
 from tyro.conf import Positional, arg
 
-import spectraformer
-from spectraformer import inspection, records
+from spectraformer import inspection
 from spectraformer.checks import require_choice, require_integer
 from spectraformer.evaluation import evaluate, load_model, resolve_device
 from spectraformer.files import MANIFEST, require_folder
@@ -24,38 +22,29 @@ from spectraformer.interruption import Interrupted
 from spectraformer.nonfinite import NonFiniteError
 from spectraformer.plan import parse_setting, plan_runs
 from spectraformer.report import write_report
-from spectraformer.tasks import SIZES, TASKS, Dataset, Loader, open_dataset, prepare_task, prepared_path
+from spectraformer.tasks import SIZES, TASKS, Loader, prepared_path
+from spectraformer.terminal import (
+    ERRORS,
+    OUT,
+    Data,
+    Device,
+    Runs,
+    Size,
+    choice,
+    found_records,
+    number,
+    prepare_with_progress,
+    prepared_task,
+    say,
+)
 from spectraformer.train import train as train_run
-from spectraformer.watch import Curves, Screen, Together, progress_bar
+from spectraformer.watch import Curves, Screen, Together
 
 DESCRIPTION = """Train and compare linear-time attentions on the Long Range Arena.
 
 To begin: spectraformer train --task listops --size tiny --attention softmax oprf-orf
           spectraformer report runs
 """
-OUT = Console(width=None if sys.stdout.isatty() else 120)
-ERRORS = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-
-
-def choice(help: str, default: str) -> Any:
-    """An option of a few names."""
-    return arg(metavar="NAME", help=help, help_behavior_hint=f"({default})")
-
-
-def number(help: str) -> Any:
-    """An option whose default is the task's."""
-    return arg(metavar="N", help=help, help_behavior_hint="(the paper's)")
-
-
-Data = Annotated[Path, arg(metavar="FOLDER", help="prepared data", help_behavior_hint="(data)")]
-Runs = Annotated[Path, arg(metavar="FOLDER", help="runs", help_behavior_hint="(runs)")]
-Device = Annotated[str, choice("auto, cpu, cuda or cuda:N", "auto")]
-Size = Annotated[str, choice("full, or tiny for a first look", "full")]
-
-
-def say(text: str) -> None:
-    """A line for people, never wrapped."""
-    OUT.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def data(
@@ -79,48 +68,6 @@ def data(
         return
     prepare_with_progress(task, data, size, source=source, seed=seed, workers=workers, overwrite=overwrite)
     show_data(data, task, size)
-
-
-def prepare_with_progress(task: str, data: Path, size: str, **options: Any) -> None:
-    """Prepares a task while a bar, or plain lines, say how far it is."""
-    title = f"preparing {task}" + ("" if size == "full" else f" ({size})")
-    if OUT.is_terminal:
-        with progress_bar(OUT) as bar:
-            shown = bar.add_task(title, total=None)
-            prepare_task(
-                task,
-                data,
-                spectraformer.__version__,
-                size=size,
-                progress=lambda what, done, total: bar.update(shown, completed=done, total=total),
-                **options,
-            )
-        return
-    said = -1
-
-    def line(what: str, done: int, total: int) -> None:
-        nonlocal said
-        if (tenth := 10 * done // max(total, 1)) > said:
-            said = tenth
-            say(f"{title}: {done} of {total} {what}")
-
-    prepare_task(task, data, spectraformer.__version__, size=size, progress=line, **options)
-
-
-def prepared_task(data: Path, task: str, size: str) -> Dataset:
-    """The prepared data of a task.
-
-    Raises:
-        ValueError: If there is none, or it is of another task or size.
-    """
-    path = prepared_path(data, task, size)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; `spectraformer data prepare {task} --size {size}` makes it")
-    dataset = open_dataset(path)
-    found = {name: dataset.manifest.get(name) for name in ("task", "size")}
-    if found != {"task": task, "size": size}:
-        raise ValueError(f"{path} holds task {found['task']!r}, size {found['size']!r}; expected {task!r}, {size!r}")
-    return dataset
 
 
 def show_data(data: Path, task: str, size: str) -> None:
@@ -279,23 +226,6 @@ def report(
             f"expected {least_margin:g} or more"
         )
     say(f"every run beats the majority class on the test set, by {margins[worst]:.1f} points or more")
-
-
-def found_records(paths: tuple[Path, ...]) -> list[records.Record]:
-    """Finished runs below some paths; damaged ones are named and left out.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if not paths:
-        raise ValueError("no folder of runs is given; expected at least one, such as runs")
-    found, refused = records.find_records(paths)
-    for reason in refused:
-        ERRORS.print(f"left out: {reason}", soft_wrap=True, markup=False, highlight=False)
-    if not found:
-        where = ", ".join(map(str, paths))
-        raise ValueError(f"no finished run in {where}; `spectraformer train --task listops` makes one")
-    return found
 
 
 def list_(
