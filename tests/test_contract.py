@@ -1,6 +1,7 @@
 """The public contract kit: every entry of both tables passes it, and it says in words what is broken."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,8 +118,7 @@ class PerTokenMaximum(PosRF):
     def forward(self, tokens, projection, parameters):
         pair = super().forward(tokens, projection, parameters)
         top = (pair.key @ pair.key_landmarks.mT).amax(-1)
-        object.__setattr__(pair, "key_bias", pair.key_bias - top - pair.key_bias)
-        return pair
+        return replace(pair, full_key_bias=lambda: -top, key_quadratic=None)
 
 
 class PositionInBatch(PosRF):
@@ -127,8 +127,8 @@ class PositionInBatch(PosRF):
     def forward(self, tokens, projection, parameters):
         pair = super().forward(tokens, projection, parameters)
         shift = tokens.raw_key.mean() * torch.arange(pair.key_bias.shape[-1])
-        object.__setattr__(pair, "key_bias", pair.key_bias + shift.to(pair.key_bias.dtype))
-        return pair
+        shifted = pair.key_bias + shift.to(pair.key_bias.dtype)
+        return replace(pair, full_key_bias=lambda: shifted, key_quadratic=None)
 
 
 class WrongCount(TrigRF):

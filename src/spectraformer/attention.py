@@ -57,7 +57,7 @@ def random_feature_attention(
             at once. There is no n x s matrix to drop entries of; the expectation is the same. Applied as
             given: pass 0 in evaluation.
         enable_gqa: Allow h * g query heads to share h key heads.
-        backend: "auto", "cpu" or "torch"; see :mod:`spectraformer.ops`.
+        backend: "auto", "triton", "cpu" or "torch"; see :mod:`spectraformer.ops`.
 
     Returns:
         Output in the dtype of value, 0 where every key is padding.
@@ -73,11 +73,12 @@ def random_feature_attention(
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
     check_dropout(dropout_p)
-    ops.choose_backend(backend, query, key, value, positive=feature_map.positive, is_causal=is_causal)
+    chosen = ops.choose_backend(backend, query, key, value, positive=feature_map.positive, is_causal=is_causal)
     check_padding_mask("key_padding_mask", key_padding_mask, key)
     if 0 in (*query.shape, *value.shape):
         return value.new_zeros(*query.shape[:3], value.shape[-1])
-    key, value = clear_padding(key, value, key_padding_mask)
+    if chosen != "triton":  # whose kernels do not read padding
+        key, value = clear_padding(key, value, key_padding_mask)
     pair = feature_map(
         query,
         key,

@@ -41,7 +41,7 @@ class RandomFeatureAttention(nn.Module):
         component: Component function, by name or object.
         weight: Weight matrix, by name or object.
         scale: Attention scale, default 1 / sqrt(head dim).
-        backend: "auto", "cpu" or "torch".
+        backend: "auto", "triton", "cpu" or "torch".
         feature_map_options: Further arguments of :class:`spectraformer.FeatureMap`: kernel, seed, center,
             statistics, momentum, redraw_every, share_weight, component_options, weight_options.
 

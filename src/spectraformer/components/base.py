@@ -113,10 +113,14 @@ class Tokens:
         if own is minus_half_sqnorm and self.shift is None:
             # The common case, without a copy of the keys.
             factor = -0.5 if self.kernel == "softmax" else -1.0
-            sqnorm: Tensor = torch.linalg.vecdot(self.raw_key.to(self.dtype), self.raw_key.to(self.dtype))
+            key = self.raw_key.to(self.dtype)
+            sqnorm: Tensor = torch.linalg.vecdot(key, key)
             total = sqnorm * (factor * self.root**2)
+        elif self.key_mask is None:
+            return self._total(self.key, own)
         else:
-            total = self._total(self.key, own)
+            # A NaN in padding must not reach gradients either.
+            total = self._total(self.key.masked_fill(~self.key_mask.unsqueeze(-1), 0.0), own)
         if self.key_mask is None:
             return total
         return total.masked_fill(~self.key_mask, ops.streaming.NEGATIVE_INFINITY)
@@ -134,6 +138,7 @@ class Tokens:
         bias: Tensor,  # (b | 1, h | 1, m)
         query_own: Callable[[Tensor], Tensor],
         key_own: Callable[[Tensor], Tensor],
+        key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
     ) -> Exponential:
         """Positive features exp(u . x + bias / 2 + own(x)), with scale and translation folded into the landmarks.
 
@@ -143,6 +148,7 @@ class Tokens:
             bias: Log-weights of the landmarks, both sides together.
             query_own: f's log-factor of a query x.
             key_own: f's log-factor of a key y.
+            key_quadratic: C, where key_own(y) is sum_c C_c y_c^2 with other coefficients than -1/2.
         """
         if self.shift is not None:
             both = query_landmarks + key_landmarks
@@ -153,9 +159,24 @@ class Tokens:
             query_landmarks * self.root,
             key_landmarks * self.root,
             bias,
-            self.key_bias(key_own),
+            lambda: self.key_bias(key_own),
             self.query_bias(query_own),
+            self._key_quadratic(key_own, key_quadratic),
+            self.key_mask,
         )
+
+    def _key_quadratic(
+        self, own: Callable[[Tensor], Tensor], coefficients: Tensor | None
+    ) -> Callable[[], Tensor] | None:
+        """Coefficients of the squares of the raw keys in their log-factor; None where it has other terms."""
+        if self.shift is not None or (coefficients is None and own is not minus_half_sqnorm):
+            return None
+        of_kernel = -0.5 if self.kernel == "gaussian" else 0.0
+        if coefficients is None:
+            return lambda: torch.full(
+                (1, 1, self.raw_key.shape[-1]), self.root**2 * (of_kernel - 0.5), device=self.raw_key.device
+            )
+        return lambda: self.root**2 * (coefficients + of_kernel)
 
     def signed(
         self,

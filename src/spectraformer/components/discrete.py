@@ -78,7 +78,7 @@ class DiscreteFeatures(ComponentFunction):
             w.to(dtype),
             w.to(dtype),
             2 * half.to(dtype),
-            tokens.key_bias(None),
+            lambda: tokens.key_bias(None),
             tokens.query_bias(None),
         )
         return with_signs(pair, projection)

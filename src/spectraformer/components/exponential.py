@@ -52,6 +52,7 @@ def generalized_exponential(
         bias,
         lambda x: minus_half_sqnorm(_transformed(x, query_transform)),
         minus_half_sqnorm if key_transform is None else lambda y: minus_half_sqnorm(_transformed(y, key_transform)),
+        -0.5 * key_transform.square() if key_transform is not None and key_transform.ndim == 3 else None,
     )
 
 

@@ -59,8 +59,10 @@ class Exponential:
         query_landmarks: u, (b | 1, h | 1, m, d).
         key_landmarks: w, (b | 1, h | 1, m, d).
         landmark_bias: a, (b | 1, h | 1, m).
-        key_bias: t, (b, h, s), -inf where a key is padding.
+        full_key_bias: t, on demand, (b, h, s), -inf where a key is padding; see :attr:`key_bias`.
         query_bias: r, computed on demand because attention does not need it, (b, h * g, n).
+        key_quadratic: C on demand, (b | 1, h | 1, d), where t(k) is :math:`\sum_c C_c k_c^2` for real keys; else None.
+        key_mask: True for real keys, (b, 1, s), or None.
     """
 
     query: Tensor
@@ -68,8 +70,16 @@ class Exponential:
     query_landmarks: Tensor
     key_landmarks: Tensor
     landmark_bias: Tensor
-    key_bias: Tensor
+    full_key_bias: Callable[[], Tensor]
     query_bias: Callable[[], Tensor]
+    key_quadratic: Callable[[], Tensor] | None = None
+    key_mask: Tensor | None = None
+
+    @property
+    def key_bias(self) -> Tensor:
+        """t, (b, h, s): a pass over the keys, which kernels that square them on the way do without."""
+        with ops.full_precision(self.key.device):
+            return self.full_key_bias()
 
     @property
     def feature_dim(self) -> int:
@@ -108,19 +118,20 @@ class Exponential:
         backend: str = "auto",
     ) -> Attended:
         """Attention output, (b, h * g, n, e); causal from ``state`` if one is given."""
-        operands = (
-            self.query,
-            self.key,
-            value.to(torch.promote_types(value.dtype, self.key.dtype)),
-            self.query_landmarks,
-            self.key_landmarks,
-            self.landmark_bias,
-            self.key_bias,
-        )
+        value = value.to(torch.promote_types(value.dtype, self.key.dtype))
+        operands = (self.query, self.key, value, self.query_landmarks, self.key_landmarks, self.landmark_bias)
         if state is not None:
-            out, after = ops.causal_landmark_attention(*operands, state)
+            out, after = ops.causal_landmark_attention(*operands, self.key_bias, state)
             return Attended(out, state=after)
-        return Attended(ops.landmark_attention(*operands, backend))
+        if self.key_quadratic is not None and ops.choose_backend(backend, self.query, self.key, value) == "triton":
+            bias = None if self.key_mask is None else _log(self.key_mask)
+            return Attended(ops.landmark_attention(*operands, bias, backend, self.key_quadratic()))
+        return Attended(ops.landmark_attention(*operands, self.key_bias, backend))
+
+
+def _log(mask: Tensor) -> Tensor:
+    """0 where True, -inf where False."""
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
 
 
 @dataclass(frozen=True)

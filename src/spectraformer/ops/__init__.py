@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spectraformer.checks import check_query_key, check_value, require_choice
 from spectraformer.ops import cpu, reference
+from spectraformer.ops import triton as kernels
 from spectraformer.ops.blocks import blocks
 from spectraformer.ops.hadamard import hadamard
 from spectraformer.ops.precision import compute_dtype, full_precision
@@ -34,7 +35,7 @@ from spectraformer.ops.streaming import (
     with_ones,
 )
 
-BACKENDS = ("auto", "cpu", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 
 __all__ = [
     "BACKENDS",
@@ -65,8 +66,9 @@ def landmark_attention(
     query_landmarks: Tensor,  # (b | 1, h | 1, m, d)
     key_landmarks: Tensor,  # (b | 1, h | 1, m, d)
     landmark_bias: Tensor,  # (b | 1, h | 1, m)
-    key_bias: Tensor,  # (b, h, s)
+    key_bias: Tensor | None = None,  # (b | 1, h | 1, s)
     backend: str = "auto",
+    key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
 ) -> Tensor:  # (b, h * g, n, e)
     """Two softmax attentions chained through landmarks: queries attend to landmarks, landmarks to keys.
 
@@ -77,24 +79,38 @@ def landmark_attention(
         query_landmarks: Rows u_i that queries see.
         key_landmarks: Rows w_i that keys see.
         landmark_bias: a_i, both sides together.
-        key_bias: t_n, any additive log-weight of a key; -inf removes the key.
-        backend: "auto", "cpu" (torch's fused CPU attention) or "torch" (plain torch).
+        key_bias: t_n, any additive log-weight of a key; -inf removes the key, whatever it and its value hold on a
+            GPU, finite elsewhere. None is 0.
+        backend: "auto", "triton" (fused GPU kernels), "cpu" (torch's fused CPU attention) or "torch" (plain torch).
+        key_quadratic: C_c, adds the sum of C_c k_c^2 to a key's log-weight. None is 0.
 
     Returns:
-        Attention output in float32 (float64 if any operand is), 0 where every key is removed.
+        Attention output, 0 where every key is removed: in the dtype of value from "triton", else in float32 (float64
+        if any operand is).
 
     Raises:
         ValueError: If shapes do not fit, or the backend is unknown or refuses, with every reason.
     """
-    _check(query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias)
+    _check(query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
     b, h, s, d = key.shape
+    heads, n = query.shape[1:3]
+    chosen = choose_backend(backend, query, key, value)
+    if b == 0 or n == 0 or s == 0:
+        dtype = value.dtype if chosen == "triton" else compute_dtype(query, key, value)
+        return value.new_zeros(b, heads, n, value.shape[-1], dtype=dtype)
+    if chosen == "triton":
+        operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+        return kernels.landmark_attention(*operands)
+    if key_quadratic is not None:
+        wide = key.to(compute_dtype(key))
+        quadratic = (wide.square() * key_quadratic.unsqueeze(-2)).sum(-1)
+        key_bias = quadratic if key_bias is None else quadratic + key_bias
+    elif key_bias is None:
+        key_bias = key.new_zeros(1, 1, s)
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
     )
-    heads, n = query.shape[1:3]
-    run = cpu if choose_backend(backend, query, key, value) == "cpu" else reference
-    if b == 0 or n == 0 or s == 0:
-        return value.new_zeros(b, heads, n, value.shape[-1])
+    run = cpu if chosen == "cpu" else reference
     # A NaN is a key, and shows. Without any key the bias is made finite and the landmarks' values are made 0.
     no_key = (key_bias == float("-inf")).all(-1, keepdim=True)  # (b, h, 1)
     key_bias = key_bias.masked_fill(no_key, 0.0)
@@ -174,7 +190,7 @@ def _prepare(
 def choose_backend(
     backend: str, query: Tensor, key: Tensor, value: Tensor, *, positive: bool = True, is_causal: bool = False
 ) -> str:
-    """The backend that will run, "cpu" or "torch".
+    """The backend that will run: "triton", "cpu" or "torch".
 
     Args:
         backend: What is asked for; "auto" takes the fastest that accepts.
@@ -190,16 +206,19 @@ def choose_backend(
     require_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch"
-    reasons = cpu.refusals(query, key, value)
-    if not positive:
-        reasons.append("signed features are not a softmax over landmarks")
-    if is_causal:
-        reasons.append("causal attention has no fused form on the CPU")
-    if not reasons:
-        return "cpu"
-    if backend == "cpu":
-        raise ValueError("backend 'cpu' cannot run here: " + "; ".join(reasons) + "; use backend='auto' or 'torch'")
-    return "torch"
+    asked = ("triton", "cpu") if backend == "auto" else (backend,)
+    reasons: list[str] = []
+    for name in asked:
+        reasons = (kernels if name == "triton" else cpu).refusals(query, key, value)
+        if not positive:
+            reasons.append("signed features are not a softmax over landmarks")
+        if is_causal:
+            reasons.append(f"causal attention has no form in backend {name!r}")
+        if not reasons:
+            return name
+    if backend == "auto":
+        return "torch"
+    raise ValueError(f"backend {backend!r} cannot run here: " + "; ".join(reasons) + "; use backend='auto' or 'torch'")
 
 
 def _check(
@@ -209,7 +228,8 @@ def _check(
     query_landmarks: Tensor,
     key_landmarks: Tensor,
     landmark_bias: Tensor,
-    key_bias: Tensor,
+    key_bias: Tensor | None,
+    key_quadratic: Tensor | None,
 ) -> None:
     check_query_key(query, key, None, enable_gqa=True)
     check_value(key, value)
@@ -220,7 +240,10 @@ def _check(
         ("key_landmarks", key_landmarks, (b, h, m, d)),
         ("landmark_bias", landmark_bias, (b, h, m)),
         ("key_bias", key_bias, (b, h, s)),
+        ("key_quadratic", key_quadratic, (b, h, d)),
     ):
+        if x is None:
+            continue
         fits = len(expected) == x.ndim and all(
             n == e or (n == 1 and i < 2) for i, (n, e) in enumerate(zip(x.shape, expected, strict=False))
         )

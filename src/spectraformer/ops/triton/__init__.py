@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectraformer.ops.graph import is_exporting
+
+INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 # 227 KiB of shared memory a program.
@@ -27,25 +31,31 @@ PRECISIONS = ("tf32x3", "ieee")
 def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why the kernels cannot take these tensors; empty if they can."""
     reasons = []
-    if find_spec("triton") is None:
-        reasons.append("Triton is not installed")
     # Triton's interpreter, which tests use, runs kernels on the CPU.
-    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if query.device.type != "cuda" and not INTERPRETED:
         reasons.append(f"tensors are on {query.device}, not on a CUDA device")
     elif query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] not in CAPABILITIES:
         found = ".".join(map(str, torch.cuda.get_device_capability(query.device)))
         reasons.append(f"the GPU has compute capability {found}; tiles are chosen for the shared memory of 9 and 10")
+    if not INSTALLED:
+        reasons.append("Triton is not installed")
+    if is_exporting():
+        reasons.append("the graph is being exported, and kernels would tie it to this device")
     dtypes = {query.dtype, key.dtype, value.dtype}
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 and autocast_dtype(query.device) is None:
         reasons.append(f"query, key and value have different dtypes {sorted(map(str, dtypes))}")
-    elif query.dtype not in DTYPES:
-        reasons.append(f"dtype {query.dtype} is none of {', '.join(map(str, DTYPES))}")
+    elif not dtypes <= set(DTYPES):
+        wrong = ", ".join(sorted(str(x) for x in dtypes - set(DTYPES)))
+        reasons.append(f"dtype {wrong} is none of {', '.join(map(str, DTYPES))}")
     d, e = key.shape[-1], value.shape[-1]
     if max(d, e) > MAX_HEAD_DIM:
         reasons.append(f"head dim {d} or value dim {e} is above {MAX_HEAD_DIM}")
-    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
-        reasons.append("a tensor is empty")
     return reasons
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives to queries, keys and values, as it does in torch's own attention; None if off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def landmark_attention(
@@ -83,6 +93,9 @@ def landmark_attention(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {PRECISIONS}")
+    autocast = autocast_dtype(query.device)
+    if autocast is not None:
+        query, key, value = (x.to(autocast) for x in (query, key, value))
     query, key, value = (_with_unit_stride(x) for x in (query, key, value))
     query_landmarks, key_landmarks, landmark_bias = (
         _with_unit_stride(x.float()) for x in (query_landmarks, key_landmarks, landmark_bias)

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from spectraformer.ops.triton.configurations import Configuration, choose, split
 from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
-from spectraformer.ops.triton.tiles import LOG2_E, SIZES, key_log_weight, load_query_landmarks, load_tile, store_tile
+from spectraformer.ops.triton.tiles import (
+    LOG2_E,
+    SIZES,
+    key_log_weight,
+    load_key_bias,
+    load_query_landmarks,
+    load_rows,
+    load_tile,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -83,12 +92,15 @@ def _key_kernel(
     row = tl.arange(0, TOKENS)
     for start in tl.range(first, last, TOKENS, num_stages=STAGES):
         offset = tl.cast(start, tl.int64)
-        k = load_tile(key + offset * key_row, row, key_row, last - start, D, D_PADDED)
-        v = load_tile(value + offset * value_row, row, value_row, last - start, E, E_PADDED)
         bias = key_bias
         if key_bias is not None:
             bias = key_bias + start
-        weight = key_log_weight(k, bias, key_quadratic, row, last - start, D, D_PADDED)
+        weight = load_key_bias(bias, row, last - start)
+        # Not "> -inf": a NaN must show.
+        present = weight != float("-inf")
+        k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
+        v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
+        weight = key_log_weight(k, weight, key_quadratic, D, D_PADDED)
         logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
         higher = tl.maximum(top, tl.max(logits, 1))
         # A landmark that has seen no key yet: -inf - -inf would be NaN.

@@ -14,7 +14,15 @@ Legend: b batch, h key heads, g query heads per key head, n queries, s keys, m l
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.tiles import LOG2_E, SIZES, key_log_weight, load_key_landmarks, load_tile, store_tile
+from spectraformer.ops.triton.tiles import (
+    LOG2_E,
+    SIZES,
+    key_log_weight,
+    load_key_bias,
+    load_key_landmarks,
+    load_rows,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -103,12 +111,15 @@ def key_backward_kernel(
     for start in tl.range(first, last, TOKENS, num_stages=STAGES):
         offset = tl.cast(start, tl.int64)
         rows = last - start
-        k = load_tile(key + offset * key_row, row, key_row, rows, D, D_PADDED)
-        v = load_tile(value + offset * value_row, row, value_row, rows, E, E_PADDED)
         bias = key_bias
         if key_bias is not None:
             bias = key_bias + start
-        weight = key_log_weight(k, bias, key_quadratic, row, rows, D, D_PADDED)
+        weight = load_key_bias(bias, row, rows)
+        # Not "> -inf": a NaN must show.
+        present = weight != float("-inf")
+        k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
+        v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
+        weight = key_log_weight(k, weight, key_quadratic, D, D_PADDED)
         dk = tl.zeros((TOKENS, D_PADDED), tl.float32)
         dv = tl.zeros((TOKENS, E_PADDED), tl.float32)
         dt = tl.zeros((TOKENS,), tl.float32)

@@ -16,8 +16,14 @@ SIZES = ("heads", "groups", "n", "s", "pieces", "m_padded", "m_padded_forward")
 @triton.jit
 def load_tile(pointer, row, stride, rows, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
     """Rows of a matrix with unit column stride, 0 outside; pointer is at row 0 of the tile."""
+    return load_rows(pointer, row, stride, row < rows, COLUMNS, PADDED)
+
+
+@triton.jit
+def load_rows(pointer, row, stride, wanted, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
+    """As load_tile, 0 in rows that are not wanted, whatever they hold."""
     column = tl.arange(0, PADDED)
-    inside = (row < rows)[:, None]
+    inside = wanted[:, None]
     if COLUMNS != PADDED:
         inside = inside & (column < COLUMNS)[None, :]
     return tl.load(pointer + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
@@ -34,17 +40,23 @@ def store_tile(pointer, row, stride, rows, x, COLUMNS: tl.constexpr, PADDED: tl.
 
 
 @triton.jit
-def key_log_weight(k, key_bias, key_quadratic, row, rows, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """What every landmark adds to a key's logit, in units of log 2: bias + sum_c C_c k_c^2; -inf outside."""
-    weight = tl.where(row < rows, 0.0, float("-inf"))
+def load_key_bias(key_bias, row, rows):
+    """Bias of keys in units of log 2, -inf outside: where it is -inf, nothing of the key is to be read."""
+    bias = tl.where(row < rows, 0.0, float("-inf"))
+    if key_bias is not None:
+        bias = tl.load(key_bias + row, mask=row < rows, other=float("-inf")) * LOG2_E
+    return bias
+
+
+@triton.jit
+def key_log_weight(k, bias, key_quadratic, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """What every landmark adds to a key's logit, in units of log 2: bias + sum_c C_c k_c^2."""
     if key_quadratic is not None:
         column = tl.arange(0, D_PADDED)
         quadratic = tl.load(key_quadratic + column, mask=column < D, other=0.0)
         wide = k.to(tl.float32)
-        weight += tl.sum(wide * wide * quadratic[None, :], 1) * LOG2_E
-    if key_bias is not None:
-        weight += tl.load(key_bias + row, mask=row < rows, other=0.0) * LOG2_E
-    return weight
+        bias += tl.sum(wide * wide * quadratic[None, :], 1) * LOG2_E
+    return bias
 
 
 @triton.jit
