@@ -54,7 +54,7 @@ def test_files_stay_readable(path):
 
 def test_data_flows_one_way():
     """Each module imports only from those above it in this order."""
-    library = "checks ops weights components registry features attention multihead testing"
+    library = "checks ops weights components registry features attention packed multihead testing"
     benchmark = "config files baselines model tasks checkpoint records interruption evaluation nonfinite watch train"
     order = f"{library} {benchmark} report inspection plan sweep terminal bench cli command".split()
     for path in SOURCES:

@@ -323,8 +323,7 @@ def assemble(launch):
         if isinstance(x, torch.Tensor) or (x % 16 == 0 and name not in SIZES):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.warps, "num_stages": 1}
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(binary.asm["ptx"])

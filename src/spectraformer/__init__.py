@@ -5,6 +5,7 @@ from spectraformer.components import ComponentFunction
 from spectraformer.features import FeatureMap
 from spectraformer.multihead import RandomFeatureAttention
 from spectraformer.ops import AttentionState, landmark_attention
+from spectraformer.packed import packed_random_feature_attention
 from spectraformer.registry import COMPONENTS, WEIGHTS, parse_variant
 from spectraformer.weights import Projection, WeightMatrix
 
@@ -22,6 +23,7 @@ __all__ = [
     "attention_step",
     "kernel_attention",
     "landmark_attention",
+    "packed_random_feature_attention",
     "parse_variant",
     "random_feature_attention",
 ]

@@ -34,6 +34,7 @@ class Configuration(NamedTuple):
         stages: Depth of the software pipeline over tiles.
         programs: Programs to aim at; the sequence is split until there are as many.
         resident: Whether all landmarks stay in shared memory over the whole loop.
+        registers: Most registers a thread, so that more programs share a processor; None leaves it to the compiler.
     """
 
     landmarks: int
@@ -42,6 +43,7 @@ class Configuration(NamedTuple):
     stages: int
     programs: int = 264
     resident: bool = True
+    registers: int | None = None
 
 
 def bucket(size: int, limits: tuple[int, ...]) -> int:
@@ -74,7 +76,8 @@ def _sixteen_bit(d: int, m: int) -> dict[str, Configuration]:
         frozen = backward
         keys_backward = Configuration(block, 32, 8, 2) if wide else Configuration(block, 64, 8, 1)
     else:
-        queries = Configuration(block, 64, 4, 2, 396)
+        # 168 registers let three programs share a processor.
+        queries = Configuration(block, 64, 4, 2, 396, registers=None if wide else 168)
         backward = Configuration(block, 64, warps, 1 if wide else 2)
         frozen = Configuration(block, 64, 4, 1) if block == 128 and not wide else backward
         keys_backward = Configuration(block, 64, warps, 1) if wide else Configuration(block, 64, 4, 2)

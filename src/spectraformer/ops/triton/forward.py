@@ -26,8 +26,13 @@ from spectraformer.ops.triton.tiles import (
     load_query_landmarks,
     load_rows,
     load_tile,
+    merge_pieces,
     store_tile,
 )
+
+# Up to here every program of the queries merges the pieces of the keys itself; beyond, reading them costs more than
+# a launch.
+MOST_PIECES_AT_ONCE = 8
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -133,35 +138,23 @@ def _merge_kernel(
     landmark_value,  # (b h, m padded, e)
     log_sum,  # (b h, m padded)
     pieces,
-    M_PADDED: tl.constexpr,
+    m_padded,
+    M: tl.constexpr,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Pieces of the sequence merged in their order: the result does not depend on which finished first."""
+    """Many pieces: merged once, by programs of a few landmarks."""
     program = tl.program_id(0)
-    landmark = (program % (M_PADDED // ROWS)) * ROWS + tl.arange(0, ROWS)
-    flat = tl.cast(program // (M_PADDED // ROWS), tl.int64)
-    column = tl.arange(0, E_PADDED)
-    start = flat * pieces * M_PADDED + landmark
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    for piece in range(pieces):
-        top = tl.maximum(top, tl.load(partial_peak + start + piece * M_PADDED))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    mass = tl.zeros((ROWS,), tl.float32)
-    mean = tl.zeros((ROWS, E_PADDED), tl.float32)
-    for piece in range(pieces):
-        place = start + piece * M_PADDED
-        scale = tl.exp2(tl.load(partial_peak + place) - top)
-        mass += scale * tl.load(partial_total + place)
-        mean += scale[:, None] * tl.load(
-            partial_value + place[:, None] * E + column[None, :], mask=(column < E)[None, :], other=0.0
-        )
-    empty = mass == 0.0
-    divisor = tl.where(empty, 1.0, mass)
-    place = flat * M_PADDED + landmark
-    tl.store(log_sum + place, tl.where(empty, 0.0, top + tl.log2(divisor)))
-    tl.store(landmark_value + place[:, None] * E + column[None, :], mean / divisor[:, None], mask=(column < E)[None, :])
+    landmark = (program % tl.cdiv(M, ROWS)) * ROWS + tl.arange(0, ROWS)
+    flat = tl.cast(program // tl.cdiv(M, ROWS), tl.int64)
+    start = flat * pieces * m_padded
+    mean, total = merge_pieces(
+        partial_value + start * E, partial_peak + start, partial_total + start, pieces, m_padded, landmark,
+        M, E, E_PADDED,
+    )  # fmt: skip
+    store_tile(landmark_value + flat * m_padded * E, landmark, E, M, mean, E, E_PADDED)
+    tl.store(log_sum + flat * m_padded + landmark, total, mask=landmark < M)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -171,6 +164,9 @@ def _query_kernel(
     landmark_bias,
     landmark_value,  # (b h, m padded, e) float32
     log_sum,  # (b h, m padded) float32, units of log 2
+    partial_value,  # (b h, key pieces, m padded, e): given, the two above are filled from these; or None
+    partial_peak,  # (b h, key pieces, m padded)
+    partial_total,
     out,  # (b h g, n, e)
     query_log_sum,  # (b h g, n) float32, units of log 2, or None
     query_batch,
@@ -186,6 +182,7 @@ def _query_kernel(
     n,
     span,
     pieces,
+    key_pieces,
     m_padded,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -216,10 +213,24 @@ def _query_kernel(
     blocks = ()
     if RESIDENT:
         for block in tl.static_range(BLOCKS):
-            u, o, bias = load_query_landmarks(
-                query_landmarks, landmark_bias, landmark_value, log_sum, query_landmarks_row,
-                block * LANDMARKS + tl.arange(0, LANDMARKS), M, D, E, D_PADDED, E_PADDED,
-            )  # fmt: skip
+            landmark = block * LANDMARKS + tl.arange(0, LANDMARKS)
+            if partial_value is not None:
+                # Every program merges what it needs, the first of a head for the backward: one launch less.
+                begin = shared * key_pieces * m_padded
+                o, merged = merge_pieces(
+                    partial_value + begin * E, partial_peak + begin, partial_total + begin, key_pieces, m_padded,
+                    landmark, M, E, E_PADDED,
+                )  # fmt: skip
+                if program % (pieces * groups) == 0:
+                    store_tile(landmark_value, landmark, E, M, o, E, E_PADDED)
+                    tl.store(log_sum + landmark, merged, mask=landmark < M)
+                u = load_tile(query_landmarks, landmark, query_landmarks_row, M, D, D_PADDED)
+                bias = tl.load(landmark_bias + landmark, mask=landmark < M, other=float("-inf")) * LOG2_E + merged
+            else:
+                u, o, bias = load_query_landmarks(
+                    query_landmarks, landmark_bias, landmark_value, log_sum, query_landmarks_row,
+                    landmark, M, D, E, D_PADDED, E_PADDED,
+                )  # fmt: skip
             blocks = blocks + ((u.to(element), o.to(element), bias),)  # noqa: RUF005 - kernels have no unpacking
     row = tl.arange(0, TOKENS)
     for start in tl.range(first, last, TOKENS, num_stages=STAGES):
@@ -318,11 +329,13 @@ def plan_forward(
             keys.warps,
         )
     ]
-    if pieces > 1:
+    query_constants = constants(queries, m, d, e, precision, resident=True)
+    merge_at_once = 1 < pieces <= MOST_PIECES_AT_ONCE and queries.resident
+    if pieces > 1 and not merge_at_once:
         launches.append(
             Launch(
                 _merge_kernel,
-                b * h * (padded // 16),
+                b * h * -(-m // 16),
                 {
                     "partial_value": partial_value,
                     "partial_peak": partial_peak,
@@ -330,13 +343,15 @@ def plan_forward(
                     "landmark_value": landmark_value,
                     "log_sum": log_sum,
                     "pieces": pieces,
+                    "m_padded": padded,
                 },
-                {"M_PADDED": padded, "E": e, "E_PADDED": padded_dim(e), "ROWS": 16},
+                {"M": m, "E": e, "E_PADDED": padded_dim(e), "ROWS": 16},
                 4,
             )
         )
     out = new(b, query_heads, n, e)
     query_log_sum = new(b * query_heads, n, dtype=torch.float32) if needs_backward else None
+    key_pieces = pieces
     pieces, span = split(n, b * query_heads, queries)
     launches.append(
         Launch(
@@ -348,6 +363,9 @@ def plan_forward(
                 "landmark_bias": landmark_bias,
                 "landmark_value": landmark_value,
                 "log_sum": log_sum,
+                "partial_value": partial_value if merge_at_once else None,
+                "partial_peak": partial_peak if merge_at_once else None,
+                "partial_total": partial_total if merge_at_once else None,
                 "out": out,
                 "query_log_sum": query_log_sum,
                 **strides(query=query, query_landmarks=query_landmarks, landmark_bias=landmark_bias),
@@ -356,10 +374,12 @@ def plan_forward(
                 "n": n,
                 "span": span,
                 "pieces": pieces,
+                "key_pieces": key_pieces,
                 "m_padded": padded,
             },
-            constants(queries, m, d, e, precision, resident=True),
+            query_constants,
             queries.warps,
+            queries.registers,
         )
     )
     empty = new(0, dtype=torch.float32)

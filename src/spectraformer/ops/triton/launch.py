@@ -29,21 +29,26 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     constants: dict[str, Any]
     warps: int
+    registers: int | None = None
 
     def run(self) -> None:
         """Start the kernel with its own arguments."""
-        self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps, num_stages=1)
+        self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How to compile the kernel. Loops say their own pipeline depth; those that do not are not to be pipelined."""
+        options = {"num_warps": self.warps, "num_stages": 1}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
     def dispatch(self, *arguments: Any) -> Callable[..., Any] | None:
         """Start the kernel with other tensors of the same signature, compiling if need be.
-
-        Loops say their own pipeline depth; those that do not are not to be pipelined.
 
         Returns:
             What starts the compiled kernel with other arguments of the same signature; None when interpreted.
         """
         grid = (self.programs, 1, 1)
-        compiled = self.kernel[grid](*arguments, num_warps=self.warps, num_stages=1)
+        compiled = self.kernel[grid](*arguments, **self.options)
         return None if compiled is None else compiled[grid]
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Sizes that must not compile a kernel anew when they change.
-SIZES = ("heads", "groups", "n", "s", "pieces", "m_padded", "m_padded_forward")
+SIZES = ("heads", "groups", "n", "s", "pieces", "key_pieces", "m_padded", "m_padded_forward")
 
 
 @triton.jit
@@ -99,3 +99,34 @@ def load_key_landmarks(
     do = load_tile(grad_landmark_value, landmark, E, M, E, E_PADDED)
     normaliser = tl.load(log_sum + landmark, mask=landmark < M, other=float("inf"))
     return w, do, normaliser, tl.load(shift + landmark, mask=landmark < M, other=0.0)
+
+
+@triton.jit
+def merge_pieces(
+    partial_value,  # (pieces, m padded, e)
+    partial_peak,  # (pieces, m padded)
+    partial_total,
+    pieces,
+    m_padded,
+    landmark,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+):
+    """Values of landmarks and log-sum-exps (units of log 2), from pieces of the sequence taken in their order."""
+    inside = landmark < M
+    top = tl.full(landmark.shape, float("-inf"), tl.float32)
+    for piece in range(pieces):
+        top = tl.maximum(top, tl.load(partial_peak + piece * m_padded + landmark, mask=inside, other=float("-inf")))
+    # Without any key: value 0 and a finite log-sum-exp, so that queries find no NaN.
+    top = tl.where(top == float("-inf"), 0.0, top)
+    mass = tl.zeros(landmark.shape, tl.float32)
+    mean = tl.zeros((landmark.shape[0], E_PADDED), tl.float32)
+    for piece in range(pieces):
+        place = piece * m_padded
+        scale = tl.exp2(tl.load(partial_peak + place + landmark, mask=inside, other=float("-inf")) - top)
+        mass += scale * tl.load(partial_total + place + landmark, mask=inside, other=0.0)
+        mean += scale[:, None] * load_tile(partial_value + place * E, landmark, E, M, E, E_PADDED)
+    empty = mass == 0.0
+    divisor = tl.where(empty, 1.0, mass)
+    return mean / divisor[:, None], tl.where(empty, 0.0, top + tl.log2(divisor))

@@ -1,0 +1,163 @@
+r"""Sequences of different lengths, laid end to end: attention within each, and nothing between them.
+
+Legend: b sequences, t and s tokens of all sequences together, h key heads, g query heads per key head, d head dim,
+e value dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectraformer.attention import random_feature_attention
+from spectraformer.checks import require_integer
+from spectraformer.features import FeatureMap
+
+
+def packed_random_feature_attention(
+    query: Tensor,  # (t, h * g, d)
+    key: Tensor,  # (s, h, d)
+    value: Tensor,  # (s, h, e)
+    feature_map: FeatureMap,
+    cu_seqlens: Tensor,  # (b + 1,)
+    max_seqlen: int,
+    *,
+    cu_seqlens_key: Tensor | None = None,  # (b + 1,)
+    max_seqlen_key: int | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # (t, h * g, e)
+    """:func:`spectraformer.random_feature_attention` of every sequence of a packed batch on its own.
+
+    Sequence i is the tokens from ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, as in the packed form of other
+    attentions. Sequences are laid side by side with padding, which is exact, attended to, and packed again: time and
+    memory are those of b sequences of the greatest length. Nothing waits for a GPU.
+
+    Args:
+        query: Queries of all sequences, one after another.
+        key: Keys, likewise.
+        value: Values, likewise.
+        feature_map: phi. Parameters that depend on data are fitted to each sequence.
+        cu_seqlens: Where sequences of queries begin and the last ends: 0, ..., t, ascending, int32 or int64. What it
+            holds is checked on the CPU only: a look at it would have to wait for a GPU.
+        max_seqlen: Length of the longest of them, or more.
+        cu_seqlens_key: The same of keys; None where queries and keys are the same tokens.
+        max_seqlen_key: The same of keys.
+        is_causal: Query t of a sequence sees its keys 0..t.
+        scale: As in :func:`spectraformer.random_feature_attention`.
+        dropout_p: Likewise.
+        enable_gqa: Likewise.
+        backend: Likewise.
+
+    Returns:
+        Output in the dtype of value.
+
+    Raises:
+        ValueError: For shapes, dtypes, devices or options that do not fit.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} has shape {found}; expected (tokens of all sequences, heads, dim)")
+    require_integer("max_seqlen", max_seqlen)
+    _check_boundaries("cu_seqlens", cu_seqlens, max_seqlen, query)
+    if (cu_seqlens_key is None) != (max_seqlen_key is None):
+        raise ValueError("cu_seqlens_key and max_seqlen_key are given together or not at all")
+    if cu_seqlens_key is None or max_seqlen_key is None:
+        if key.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"key has {key.shape[0]} tokens and query {query.shape[0]}; "
+                "expected as many, or cu_seqlens_key and max_seqlen_key"
+            )
+        cu_seqlens_key, max_seqlen_key = cu_seqlens, max_seqlen
+    require_integer("max_seqlen_key", max_seqlen_key)
+    _check_boundaries("cu_seqlens_key", cu_seqlens_key, max_seqlen_key, key)
+    if len(cu_seqlens_key) != len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens_key has {len(cu_seqlens_key)} entries and cu_seqlens {len(cu_seqlens)}; expected one more "
+            "than there are sequences in both"
+        )
+    if query.shape[0] == 0 or key.shape[0] == 0:
+        return value.new_zeros(*query.shape[:2], value.shape[-1])
+    of_query = _Places(cu_seqlens, max_seqlen, query.shape[0])
+    of_key = of_query if cu_seqlens_key is cu_seqlens else _Places(cu_seqlens_key, max_seqlen_key, key.shape[0])
+    out = random_feature_attention(
+        of_query.unpack(query),
+        of_key.unpack(key),
+        of_key.unpack(value),
+        feature_map,
+        key_padding_mask=of_key.real,
+        query_padding_mask=of_query.real,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        enable_gqa=enable_gqa,
+        backend=backend,
+    )
+    return of_query.pack(out)
+
+
+def _check_boundaries(name: str, boundaries: object, longest: int, tokens: Tensor) -> None:
+    if not isinstance(boundaries, Tensor) or boundaries.ndim != 1 or len(boundaries) < 2:
+        found = tuple(boundaries.shape) if isinstance(boundaries, Tensor) else type(boundaries).__name__
+        raise ValueError(f"{name} is {found}; expected a tensor with one entry more than there are sequences, (b + 1,)")
+    if boundaries.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} has dtype {boundaries.dtype}; expected int32 or int64")
+    if boundaries.device != tokens.device:
+        raise ValueError(
+            f"{name} is on {boundaries.device} but its tokens are on {tokens.device}; move one to the other"
+        )
+    if boundaries.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lengths = boundaries.diff()
+    if boundaries[0] != 0 or boundaries[-1] != tokens.shape[0] or lengths.min() < 0:
+        raise ValueError(f"{name} is {boundaries.tolist()}; expected 0, ..., {tokens.shape[0]}, ascending")
+    if lengths.max() > longest:
+        raise ValueError(f"{name} has a sequence of {int(lengths.max())} tokens; expected at most {longest}")
+
+
+class _Places:
+    """Where tokens of a packed batch stand in the padded one, and the reverse."""
+
+    def __init__(self, boundaries: Tensor, longest: int, tokens: int) -> None:
+        starts, self.sequences = boundaries[:-1].long(), len(boundaries) - 1
+        position = torch.arange(longest, device=boundaries.device)
+        self.real = position < boundaries.diff().unsqueeze(-1)  # (b, longest)
+        self.packed = (starts.unsqueeze(-1) + position).clamp_max(tokens - 1).flatten()  # (b * longest,)
+        token = torch.arange(tokens, device=boundaries.device)
+        sequence = torch.searchsorted(boundaries[1:].contiguous(), token, right=True).clamp_max(self.sequences - 1)
+        self.padded = sequence * longest + (token - starts[sequence]).clamp(0, longest - 1)  # (tokens,)
+        self.longest = longest
+
+    def unpack(self, x: Tensor) -> Tensor:  # (tokens, h, d) -> (b, h, longest, d)
+        """One sequence beside the other; padding holds other tokens and is not to be read."""
+        chosen: Tensor = _Select.apply(x, self.packed, self.padded)  # type: ignore[no-untyped-call]
+        return chosen.view(self.sequences, self.longest, *x.shape[1:]).transpose(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:  # (b, h, longest, d) -> (tokens, h, d)
+        """The real tokens, one sequence after the other."""
+        chosen: Tensor = _Select.apply(x.transpose(1, 2).flatten(0, 1), self.padded, None)  # type: ignore[no-untyped-call]
+        return chosen
+
+
+class _Select(torch.autograd.Function):
+    """Rows by number. Its gradient is a choice of rows too, where torch's would add them up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, inverse)
+        ctx.size = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, inverse = ctx.saved_tensors
+        if inverse is not None:
+            return grad.index_select(0, inverse), None, None
+        # Every packed token stands at one place of the padded batch; the others are padding.
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy(0, rows, grad), None, None
