@@ -56,7 +56,7 @@ def test_data_flows_one_way():
     """Each module imports only from those above it in this order."""
     library = "checks ops weights components registry features attention packed multihead testing"
     benchmark = "config files baselines model tasks checkpoint records interruption evaluation nonfinite watch train"
-    order = f"{library} {benchmark} report inspection plan sweep terminal bench cli command".split()
+    order = f"{library} {benchmark} report inspection plan terminal sweep bench cli command".split()
     for path in SOURCES:
         parts = path.relative_to(ROOT / "src" / "spectraformer").with_suffix("").parts
         if parts[0] not in order:

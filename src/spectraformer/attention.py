@@ -92,7 +92,7 @@ def random_feature_attention(
     if is_causal:
         dtype = ops.compute_dtype(query, key, value)
         state = feature_map.init_state(key.shape[0], key.shape[1], value.shape[-1], device=value.device, dtype=dtype)
-    attended = pair.attend(_drop_values(value, dropout_p), state=state, backend=backend)
+    attended = pair.attend(_drop_values(value, dropout_p), state=state, backend=chosen)
     feature_map.record_unsafe(attended.unsafe)
     out: Tensor = attended.out.to(value.dtype)
     return out

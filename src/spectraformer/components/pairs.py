@@ -117,16 +117,23 @@ class Exponential:
         state: ops.AttentionState | None = None,
         backend: str = "auto",
     ) -> Attended:
-        """Attention output, (b, h * g, n, e); causal from ``state`` if one is given."""
+        """Attention output, (b, h * g, n, e); causal from ``state`` if one is given.
+
+        Args:
+            value: Values.
+            state: Where causal attention begins, or None for attention to every key.
+            backend: "auto", or one that accepts these tokens.
+        """
         value = value.to(torch.promote_types(value.dtype, self.key.dtype))
         operands = (self.query, self.key, value, self.query_landmarks, self.key_landmarks, self.landmark_bias)
         if state is not None:
             out, after = ops.causal_landmark_attention(*operands, self.key_bias, state)
             return Attended(out, state=after)
-        if self.key_quadratic is not None and ops.choose_backend(backend, self.query, self.key, value) == "triton":
+        chosen = ops.choose_backend("auto", self.query, self.key, value) if backend == "auto" else backend
+        if self.key_quadratic is not None and chosen == "triton":
             bias = None if self.key_mask is None else _log(self.key_mask)
-            return Attended(ops.landmark_attention(*operands, bias, backend, self.key_quadratic()))
-        return Attended(ops.landmark_attention(*operands, self.key_bias, backend))
+            return Attended(ops.run_landmark_attention(chosen, *operands, bias, self.key_quadratic()))
+        return Attended(ops.run_landmark_attention(chosen, *operands, self.key_bias))
 
 
 def _log(mask: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ __all__ = [
     "landmark_attention",
     "merge",
     "readout",
+    "run_landmark_attention",
     "unflatten_heads",
     "with_ones",
 ]
@@ -91,14 +92,29 @@ def landmark_attention(
     Raises:
         ValueError: If shapes do not fit, or the backend is unknown or refuses, with every reason.
     """
-    _check(query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+    operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+    _check(*operands)
+    return run_landmark_attention(choose_backend(backend, query, key, value), *operands)
+
+
+def run_landmark_attention(
+    backend: str,
+    query: Tensor,  # (b, h * g, n, d)
+    key: Tensor,  # (b, h, s, d)
+    value: Tensor,  # (b, h, s, e)
+    query_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    key_landmarks: Tensor,  # (b | 1, h | 1, m, d)
+    landmark_bias: Tensor,  # (b | 1, h | 1, m)
+    key_bias: Tensor | None = None,  # (b | 1, h | 1, s)
+    key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
+) -> Tensor:  # (b, h * g, n, e)
+    """As :func:`landmark_attention` by a backend that was chosen, on operands that fit."""
     b, h, s, d = key.shape
     heads, n = query.shape[1:3]
-    chosen = choose_backend(backend, query, key, value)
     if b == 0 or n == 0 or s == 0:
-        dtype = value.dtype if chosen == "triton" else compute_dtype(query, key, value)
+        dtype = value.dtype if backend == "triton" else compute_dtype(query, key, value)
         return value.new_zeros(b, heads, n, value.shape[-1], dtype=dtype)
-    if chosen == "triton":
+    if backend == "triton":
         operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
         return kernels.landmark_attention(*operands)
     if key_quadratic is not None:
@@ -110,7 +126,7 @@ def landmark_attention(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
     )
-    run = cpu if chosen == "cpu" else reference
+    run = cpu if backend == "cpu" else reference
     # A NaN is a key, and shows. Without any key the bias is made finite and the landmarks' values are made 0.
     no_key = (key_bias == float("-inf")).all(-1, keepdim=True)  # (b, h, 1)
     key_bias = key_bias.masked_fill(no_key, 0.0)
