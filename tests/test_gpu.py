@@ -85,15 +85,15 @@ def _poisoned(monkeypatch):
 
 
 @pytest.mark.usefixtures("_poisoned")
-@pytest.mark.parametrize(("dtype", "case"), itertools.product(BOUNDS, CASES), ids=str)
+@pytest.mark.parametrize(("dtype", "case"), list(itertools.product(BOUNDS, CASES)), ids=str)
 def test_output_and_every_gradient_agree_with_float64_and_are_the_same_bits_again(dtype, case):
     operands = [None if x is None else x.detach().requires_grad_() for x in operands_of(dtype, **CASES[case])]
-    given = [x for x in operands if x is not None]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in operands]
     shown = list(operands)
     if "removed" in CASES[case]:
         gone = (operands[6] == float("-inf")).unsqueeze(-1)
-        shown[1:3] = (x.masked_fill(gone, float("nan")) for x in shown[1:3])
+        shown[1:3] = (x.detach().masked_fill(gone, float("nan")).requires_grad_() for x in shown[1:3])
+    given = [x for x in shown if x is not None]
     out = kernels.landmark_attention(*shown)
     weight = torch.randn(out.shape, device="cuda").to(out.dtype)
     got = torch.autograd.grad(out, given, weight)
@@ -102,11 +102,11 @@ def test_output_and_every_gradient_agree_with_float64_and_are_the_same_bits_agai
     want = exact_attention(*exact)
     expected = torch.autograd.grad(want, [x for x in exact if x is not None], weight.double())
     # A gradient that is 0 in truth, as of a single key, is measured on the scale of the largest.
-    scale = max((x.norm() / x.numel() ** 0.5).item() for x in expected)
+    floor = max((x.norm() / x.numel() ** 0.5).item() for x in expected) * (1.0 if case == "one token" else 0.0)
     assert ((out - want).norm() / want.norm()).item() <= BOUNDS[dtype][0]
     names = [name for name, x in zip(NAMES, operands, strict=True) if x is not None]
     errors = {
-        name: ((x - y).norm() / max(y.norm().item(), 0.05 * scale * y.numel() ** 0.5)).item()
+        name: ((x - y).norm() / max(y.norm().item(), floor * y.numel() ** 0.5)).item()
         for name, x, y in zip(names, got, expected, strict=True)
     }
     assert {name: e for name, e in errors.items() if not e <= BOUNDS[dtype][1]} == {}
