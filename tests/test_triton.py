@@ -83,40 +83,56 @@ def test_a_plan_serves_other_tensors_of_its_signature_and_no_others(interpreted)
 
 
 @needs_triton
-def test_a_compiled_kernel_is_started_without_dispatch_from_the_second_time(monkeypatch):
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_compiled_kernel_is_started_without_dispatch_from_the_second_time(monkeypatch, direct):
     from spectraformer.ops.triton import launch
 
-    started = []
+    dispatched, launched = [], []
+
+    class Run:
+        """Stands for the launcher of a compiled kernel."""
+
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid = launch_pdl = False
+
+        @staticmethod
+        def launch(*arguments):
+            launched.append(arguments)
+
+    class Compiled:
+        run, function, packed_metadata = Run(), "function", "metadata"
 
     class Kernel:
-        """Stands for a kernel of Triton: started through dispatch, it returns what starts it directly."""
-
-        arg_names = ("x", "size", "out", "BLOCK")
-
-        def __init__(self, how):
-            self.how = how
+        arg_names = ("x", "size", "between", "out", "BLOCK")
 
         def __getitem__(self, grid):
             def start(*arguments, **options):
-                started.append((self.how, grid, arguments, options))
-                return Kernel("directly") if self.how == "dispatched" else None
+                dispatched.append((grid, arguments, options))
+                return Compiled()
 
             return start
 
     def make(operands):
-        out = operands[0].new_empty(3)
-        arguments = {"x": operands[0], "size": 5, "out": out}
-        return [launch.Launch(Kernel("dispatched"), 7, arguments, {"BLOCK": 16}, 4)], (out, None)
+        out, between = operands[0].new_empty(3), operands[0].new_empty(5)
+        arguments = {"x": operands[0], "size": 5, "between": between, "out": out}
+        return [launch.Launch(Kernel(), 7, arguments, {"BLOCK": 16}, 4, 168)], (out, None)
 
     monkeypatch.setattr(launch, "PLANS", {})
-    monkeypatch.setattr(launch, "DIRECT", True)
+    monkeypatch.setattr(launch, "DIRECT", direct)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
     inputs = [torch.zeros(2), torch.ones(2)]
     results = [launch.planned(make, [x], ()) for x in inputs]
-    assert [how for how, *_ in started] == ["dispatched", "directly"]
-    for (_, grid, arguments, _), x, (out, nothing) in zip(started, inputs, results, strict=True):
-        assert grid == (7, 1, 1) and arguments[0] is x and arguments[2] is out and nothing is None
-        assert (arguments[1], arguments[3], out.shape) == (5, 16, (3,))
-    assert results[0][0] is not results[1][0]
+    assert (len(dispatched), len(launched)) == ((1, 1) if direct else (2, 0))
+    grid, (x, size, between, out, block), options = dispatched[0]
+    assert grid == (7, 1, 1) and x is inputs[0] and out is results[0][0] and between.shape == (5,)
+    assert (size, block) == (5, 16) and options == {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+    assert [nothing for _, nothing in results] == [None, None] and results[0][0] is not results[1][0]
+    if direct:
+        arguments = launched[0]
+        assert arguments[:5] == (7, 1, 1, 99, "function") and arguments[9] == "metadata"
+        x, size, between, out, block = arguments[13:]
+        assert (x, size, out, block) == (inputs[1].data_ptr(), 5, results[1][0].data_ptr(), 16)
+        assert isinstance(between, int) and between not in (x, out)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from spectraformer.ops.triton.configurations import Configuration
 
-# Versions whose compiled kernels take all arguments of the source, constants included; others go through dispatch.
+# Versions whose launcher is called as here: with all arguments of the source, constants included, and addresses for
+# tensors. Others go through dispatch.
 DIRECT = triton.__version__.startswith("3.6.")
 MAX_PLANS = 256
+# Elements of float32 between intermediates: 256 bytes.
+ALIGNMENT = 64
 
 
 class Launch(NamedTuple):
@@ -45,11 +48,19 @@ class Launch(NamedTuple):
         """Start the kernel with other tensors of the same signature, compiling if need be.
 
         Returns:
-            What starts the compiled kernel with other arguments of the same signature; None when interpreted.
+            What starts the compiled kernel again, given a stream and arguments with addresses in place of tensors;
+            None when there is no such way.
         """
         grid = (self.programs, 1, 1)
         compiled = self.kernel[grid](*arguments, **self.options)
-        return None if compiled is None else compiled[grid]
+        if compiled is None or not DIRECT:
+            return None
+        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+        if run.global_scratch_size or run.profile_scratch_size:
+            return None
+        # As the launcher's own call does, without its hooks and what finds the stream and the address of every tensor.
+        how = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None)
+        return lambda stream, *addressed: run.launch(*grid, stream, *how, *addressed)
 
 
 def strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -87,7 +98,10 @@ def constants(
 
 
 class Plan:
-    """Launches with places for tensors, and the tensors to allocate; built from "meta" tensors."""
+    """Launches with places for tensors, and the tensors to allocate; built from "meta" tensors.
+
+    Intermediates are pieces of one allocation.
+    """
 
     def __init__(
         self, operands: Sequence[Tensor | None], launches: Sequence[Launch], results: Iterable[Tensor | None]
@@ -101,28 +115,54 @@ class Plan:
                 allocated.append(x)
             return slots[id(x)]
 
-        self.starts: list[Callable[..., Callable[..., Any] | None]] = []
+        self.results = [None if x is None else slot(x) for x in results]
+        self.launches = list(launches)
+        self.starts: list[Callable[..., Any]] = []
         self.arguments: list[tuple[list[Any], list[tuple[int, int]]]] = []
+        self.new: list[tuple[torch.Size, torch.dtype] | None] = [(x.shape, x.dtype) for x in allocated]
         for launch in launches:
             arguments = [(launch.arguments | launch.constants)[name] for name in launch.kernel.arg_names]
             places = [(i, slot(x)) for i, x in enumerate(arguments) if isinstance(x, Tensor)]
             self.arguments.append(([None if isinstance(x, Tensor) else x for x in arguments], places))
-            self.starts.append(launch.dispatch)
-        self.results = [None if x is None else slot(x) for x in results]
-        self.allocations = [(x.shape, x.dtype) for x in allocated]
+        # Intermediates of float32: (slot, first element, shape).
+        self.scratch: list[tuple[int, int, torch.Size]] = []
+        self.scratch_size = 0
+        for i, x in enumerate(allocated[len(self.new) :], len(operands) + len(self.new)):
+            if x.dtype != torch.float32:
+                self.new.append((x.shape, x.dtype))
+                continue
+            self.new.append(None)
+            self.scratch.append((i, self.scratch_size, x.shape))
+            self.scratch_size += -(-x.numel() // ALIGNMENT) * ALIGNMENT
 
     def run(self, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Allocate, launch, and return the results."""
         new = operands[0].new_empty  # type: ignore[union-attr]
-        tensors = [*operands, *[new(shape, dtype=dtype) for shape, dtype in self.allocations]]
-        for i, (template, places) in enumerate(self.arguments):
-            arguments = template.copy()
-            for place, slot in places:
-                arguments[place] = tensors[slot]
-            compiled = self.starts[i](*arguments)
-            # From dispatch only; a compiled kernel returns None.
-            if compiled is not None and DIRECT:
-                self.starts[i] = compiled
+        tensors = [*operands, *[None if x is None else new(x[0], dtype=x[1]) for x in self.new]]
+        scratch = new(self.scratch_size, dtype=torch.float32) if self.scratch else None
+        if self.starts:
+            addresses = [None if x is None else x.data_ptr() for x in tensors]
+            if scratch is not None:
+                base = scratch.data_ptr()
+                for slot, first, _ in self.scratch:
+                    addresses[slot] = base + 4 * first
+            stream = torch._C._cuda_getCurrentRawStream(operands[0].get_device())  # type: ignore[union-attr]
+            for start, (template, places) in zip(self.starts, self.arguments, strict=True):
+                arguments = template.copy()
+                for place, slot in places:
+                    arguments[place] = addresses[slot]
+                start(stream, *arguments)
+        else:
+            if scratch is not None:
+                for slot, first, shape in self.scratch:
+                    tensors[slot] = scratch[first : first + shape.numel()].view(shape)
+            starts = []
+            for launch, (template, places) in zip(self.launches, self.arguments, strict=True):
+                arguments = template.copy()
+                for place, slot in places:
+                    arguments[place] = tensors[slot]
+                starts.append(launch.dispatch(*arguments))
+            self.starts = starts if None not in starts else []  # type: ignore[assignment]
         return [None if slot is None else tensors[slot] for slot in self.results]
 
 
