@@ -40,7 +40,7 @@ NAMES = {
     "absent device": ((*TRAIN[:5], "--device", "cuda:99"), ["device is 'cuda:99', but this machine has", "nearest: "]),
     "split": (("eval", ".", "--split", "tset"), ["split is 'tset'", "dev, test", "nearest: 'test'"]),
     "command": (("trian", "--task", "counting"), ["Unrecognized options", "train"]),
-    "no command": ((), ["Expected one of {data, train, eval, report, list, check}"]),
+    "no command": ((), ["Expected one of {data, train, sweep, eval, report, list, check, bench}"]),
     "action": (("data", "prep", "counting"), ["invalid choice 'prep'", "'prepare', 'show'"]),
     "option": ((*TRAIN, "--step", "3"), ["--step", "--steps"]),
     "list": (("list", "run"), ["invalid choice 'run'", "'runs'"]),

@@ -235,7 +235,7 @@ bad: dict[str, tuple[Callable[[], Any], str]] = {
     "variant-component": (lambda: sf.parse_variant("opfr-orf"), r"unknown component function 'opfr'.*did you mean"),
     "variant-weight": (lambda: sf.parse_variant("oprf-orfs"), r"unknown weight matrix 'orfs'.*did you mean 'orf'"),
     # Landmark attention.
-    "landmarks-backend": (lambda: landmarks(backend="cuda"), r"backend is 'cuda'; expected one of auto, triton, cpu, torch"),
+    "landmarks-backend": (lambda: landmarks(backend="cuda"), r"backend is 'cuda'; expected one of auto, triton"),
     "landmarks-refused": (lambda: landmarks(v=x(d=64), backend="cpu"), r"'cpu' cannot run here.*value dim 64.*'auto'"),
     "landmarks-dim": (lambda: landmarks(k=x(d=3)), r"head dim"),
     "landmarks-groups": (lambda: landmarks(q=x(h=3)), r"3 heads, which is not a multiple of the key's 2"),

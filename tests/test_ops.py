@@ -193,7 +193,7 @@ def test_nan_reaches_the_output():
     x = operands(g=1, n=29)
     x[1][1, 0, 5] = float("nan")
     state = ops.empty_state(2, 3, 12, 6, dtype=torch.float64)
-    out, _ = ops.causal_landmark_attention(*x, state)
+    out, _ = ops.causal_landmark_attention(*x, state=state)
     assert out[1, 0, 5:].isnan().all(), "a NaN key must not vanish in the sums"
 
 

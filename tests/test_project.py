@@ -55,7 +55,8 @@ def test_files_stay_readable(path):
 def test_data_flows_one_way():
     """Each module imports only from those above it in this order."""
     library = "checks ops weights components registry features attention packed multihead testing"
-    benchmark = "config files baselines model tasks checkpoint records interruption evaluation nonfinite watch train"
+    benchmark = "config files baselines stretches model tasks checkpoint records interruption distributed randomness"
+    benchmark += " captured evaluation nonfinite watch step train"
     order = f"{library} {benchmark} report inspection plan terminal sweep bench cli command".split()
     for path in SOURCES:
         parts = path.relative_to(ROOT / "src" / "spectraformer").with_suffix("").parts

@@ -13,12 +13,13 @@ from torch.nn import functional
 from small_runs import prepared, small_run
 from spectraformer import config, records
 from spectraformer.checkpoint import load_tensors
-from spectraformer.evaluation import evaluate, load_model, make_model, resolve_device
+from spectraformer.evaluation import Evaluator, evaluate, load_model, make_model, resolve_device
 from spectraformer.files import only_process
 from spectraformer.interruption import Interrupted
 from spectraformer.nonfinite import NonFiniteError
+from spectraformer.step import learning_rate
 from spectraformer.tasks.dataset import BatchOrder, Loader
-from spectraformer.train import Trainer, learning_rate, train
+from spectraformer.train import Trainer, train
 from spectraformer.watch import Silent
 
 CPU = torch.device("cpu")
@@ -85,10 +86,11 @@ def test_one_step_is_adamw_with_clipped_gradients(dataset, tmp_path):
     order = BatchOrder(120, 16, 0)
     for step in range(3):
         rows, labels = dataset.splits["train"]
-        chosen = rows[order(step)][:, 0]
+        (examples,) = order(step)
+        chosen = rows[examples][:, 0]
         tokens = torch.from_numpy(np.asarray(dataset.tokens[chosen]))[:, None]
         lengths = torch.from_numpy(dataset.lengths[chosen])[:, None]
-        loss = functional.cross_entropy(oracle(tokens, lengths), torch.from_numpy(labels[order(step)].astype(np.int64)))
+        loss = functional.cross_entropy(oracle(tokens, lengths), torch.from_numpy(labels[examples].astype(np.int64)))
         optimizer.zero_grad()
         loss.backward()
         for parameter in oracle.parameters():
@@ -129,7 +131,8 @@ def test_accumulated_gradients_are_those_of_the_batch(dataset, tmp_path, attenti
 
 def test_batches_are_permutations_of_epochs():
     order = BatchOrder(50, 16, seed=3)
-    drawn = np.concatenate([order(step) for step in range(25)])  # eight epochs
+    drawn = np.concatenate([order(step)[0] for step in range(25)])  # eight epochs
+    assert (BatchOrder(50, 16, seed=3)(0, 25).ravel() == drawn).all(), "steps asked for together differ"
     for epoch in range(8):
         assert sorted(drawn[50 * epoch : 50 * epoch + 50]) == list(range(50))
     assert not (drawn[:50] == drawn[50:100]).all()
@@ -141,12 +144,14 @@ def test_batches_are_permutations_of_epochs():
 def test_every_example_is_evaluated_once(dataset):
     """The last part batch counts, and so does every document once."""
     loader = Loader(dataset, "dev", CPU)
-    sizes = [len(batch.labels) for batch in loader.evaluation(16)]
-    assert sizes == [16, 16, 16, 2]
-    labels = torch.cat([batch.labels for batch in loader.evaluation(16)])
-    assert labels.bincount(minlength=3).tolist() == np.bincount(dataset.splits["dev"].labels, minlength=3).tolist()
+    evaluator = Evaluator(make_model(small_run(), dataset), loader, 16, "float32")
+    assert evaluator.counts.sum(1).tolist() == [16, 16, 16, 2]
+    assert sorted(evaluator.examples[evaluator.counts].tolist()) == list(range(50))
     model = make_model(small_run("softmax"), dataset).eval()
-    one, many = (evaluate(model, loader, size, "float32") for size in (1, 50))
+    # Classified right, so that examples that fill up a batch would show.
+    with torch.no_grad():
+        model.classifier[2].bias[loader.labels[loader.by_length[-1]]] += 9.0
+    one, many = (evaluate(model, loader, size, "float32") for size in (1, 16))
     assert one.accuracy == many.accuracy and one.loss == pytest.approx(many.loss, rel=1e-5)
     with torch.no_grad():
         rows, labels = dataset.splits["dev"]
@@ -177,6 +182,19 @@ def test_published_pooling_divides_by_the_padded_length(dataset):
     with torch.no_grad():
         expected = masked.encoder(tokens, lengths) * lengths[:, None] / 24
         torch.testing.assert_close(padded.encoder(tokens, lengths), expected)
+
+
+@pytest.mark.parametrize("protocol", ["strict", "published"])
+def test_the_norm_is_of_every_real_token(dataset, protocol):
+    """Its weight and bias, which are applied after the sum, act as if on each token before."""
+    encoder = make_model(small_run(protocol=protocol), dataset).eval().encoder
+    tokens, lengths = torch.randint(1, 8, (2, 6)), torch.tensor([6, 3])
+    with torch.no_grad():
+        plain = encoder(tokens, lengths)
+        encoder.norm.weight.uniform_(0.5, 2)
+        encoder.norm.bias.uniform_(-1, 1)
+        share = 1.0 if protocol == "strict" else lengths[:, None] / 24
+        torch.testing.assert_close(encoder(tokens, lengths), plain * encoder.norm.weight + share * encoder.norm.bias)
 
 
 def test_a_saved_model_has_bitwise_the_same_logits(dataset, tmp_path):

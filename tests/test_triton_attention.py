@@ -31,6 +31,12 @@ CASES = {
     "hyprf-qmc": ({}, {}),
     "saderf-orf, padded": ({}, {"mask": True}),
     "aderf-orf, padded": ({}, {"mask": True}),
+    "trigrf-orf, padded": ({}, {"mask": True}),
+    "posrf-orf, causal": ({}, {"causal": True}),
+    "oprf-fastfoodl, causal, padded, gaussian kernel": (
+        {"num_heads": 2, "kernel": "gaussian"},
+        {"causal": True, "mask": True},
+    ),
 }
 
 
@@ -46,7 +52,9 @@ def interpreted():
 @pytest.mark.parametrize("case", CASES)
 def test_fused_attention_is_the_attention_of_the_features(interpreted, case):
     errors = interpreted[case]
-    assert {name: e for name, e in errors.items() if not e < 1e-4} == {}
+    # Cosines cancel: plain torch in float32 is as far from float64 there.
+    bound = 5e-3 if "trigrf" in case else 1e-4
+    assert {name: e for name, e in errors.items() if not e < bound} == {}
     assert {"out", "query", "key", "value"} <= set(errors)
     assert len(errors) > 4 or not any(name in case for name in ("fastfoodl", "gerf"))
 
@@ -69,7 +77,7 @@ def attention_of(name, made, call, dtype, **options):
     feature_map = sf.FeatureMap(16, 24, *variant, **made).to(dtype)
     q, k, v = (
         torch.randn(2, h, n, e, dtype=torch.float64).to(dtype).requires_grad_()
-        for h, n, e in ((2 * groups, 20, 16), (2, 33, 16), (2, 33, 24))
+        for h, n, e in ((2 * groups, 33 if call.get("causal") else 20, 16), (2, 33, 16), (2, 33, 24))
     )
     mask, shown = None, [k, v]
     if call.get("mask"):
@@ -79,7 +87,13 @@ def attention_of(name, made, call, dtype, **options):
         hole = float("nan") if options else 0.0
         shown = [x.masked_fill(~mask[:, None, :, None], hole) for x in shown]
     out = sf.random_feature_attention(
-        q, *shown, feature_map, key_padding_mask=mask, enable_gqa=groups > 1, **(options or {"backend": "torch"})
+        q,
+        *shown,
+        feature_map,
+        key_padding_mask=mask,
+        enable_gqa=groups > 1,
+        is_causal="causal" in call,
+        **(options or {"backend": "torch"}),
     )
     learned = dict(feature_map.named_parameters())
     inputs = {"query": q, "key": k, "value": v} | learned

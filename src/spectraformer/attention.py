@@ -21,7 +21,7 @@ from spectraformer.checks import (
     require_choice,
     resolve_scale,
 )
-from spectraformer.components import KERNELS, Kernel
+from spectraformer.components import KERNELS, Exponential, Kernel
 from spectraformer.features import FeatureMap
 
 
@@ -73,11 +73,20 @@ def random_feature_attention(
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
     check_dropout(dropout_p)
-    chosen = ops.choose_backend(backend, query, key, value, positive=feature_map.positive, is_causal=is_causal)
+    chosen = ops.choose_backend(
+        backend,
+        query,
+        key,
+        value,
+        positive=feature_map.positive,
+        trigonometric=feature_map.component.trigonometric,
+        is_causal=is_causal,
+        features=feature_map.feature_dim,
+    )
     check_padding_mask("key_padding_mask", key_padding_mask, key)
     if 0 in (*query.shape, *value.shape):
         return value.new_zeros(*query.shape[:3], value.shape[-1])
-    if chosen != "triton":  # whose kernels do not read padding
+    if chosen != "triton" or is_causal:  # the other kernels do not read padding
         key, value = clear_padding(key, value, key_padding_mask)
     pair = feature_map(
         query,
@@ -88,11 +97,15 @@ def random_feature_attention(
         is_causal=is_causal,
         enable_gqa=enable_gqa,
     )
-    state = None
-    if is_causal:
+    value = _drop_values(value, dropout_p)
+    if not is_causal:
+        attended = pair.attend(value, backend=chosen)
+    elif chosen == "triton" and isinstance(pair, Exponential):
+        attended = pair.attend(value, backend=chosen, is_causal=True)
+    else:
         dtype = ops.compute_dtype(query, key, value)
         state = feature_map.init_state(key.shape[0], key.shape[1], value.shape[-1], device=value.device, dtype=dtype)
-    attended = pair.attend(_drop_values(value, dropout_p), state=state, backend=chosen)
+        attended = pair.attend(value, state=state, backend=chosen)
     feature_map.record_unsafe(attended.unsafe)
     out: Tensor = attended.out.to(value.dtype)
     return out

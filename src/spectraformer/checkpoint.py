@@ -54,7 +54,7 @@ class Checkpoint:
         step: Optimiser steps done.
         model: Its state_dict.
         optimizer: State of AdamW, by parameter and moment.
-        random: States of torch's generators, by device.
+        random: States of torch's generators, by device and process.
         best: state_dict with the best dev accuracy so far, empty before there is one.
         progress: JSON values: history, best accuracy, seconds.
     """
@@ -179,21 +179,6 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
                 entry: x.clone() if x.ndim == 0 and not optimizer.defaults.get("fused") else x.to(parameter.device)
                 for entry, x in entries.items()
             }
-
-
-def random_tensors() -> dict[str, Tensor]:
-    """States of torch's generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random(states: Tensors) -> None:
-    """The inverse of :func:`random_tensors`."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def save_model(path: Path, model: nn.Module) -> dict[str, Any]:

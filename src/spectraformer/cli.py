@@ -1,4 +1,4 @@
-"""The command line: data, train, eval, report, list, check."""
+"""The command line: data, train, sweep, eval, report, list, check, bench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import tyro
 from rich.table import Table as Grid
 from tyro.conf import Positional, arg
 
-from spectraformer import inspection
+from spectraformer import distributed, inspection
+from spectraformer.bench.command import bench
 from spectraformer.checks import require_choice, require_integer
 from spectraformer.evaluation import evaluate, load_model, resolve_device
 from spectraformer.files import MANIFEST, require_folder
@@ -22,6 +23,7 @@ from spectraformer.interruption import Interrupted
 from spectraformer.nonfinite import NonFiniteError
 from spectraformer.plan import parse_setting, plan_runs
 from spectraformer.report import write_report
+from spectraformer.sweep.command import sweep
 from spectraformer.tasks import SIZES, TASKS, Loader, prepared_path
 from spectraformer.terminal import (
     ERRORS,
@@ -147,22 +149,25 @@ def train(
     for run in plan:
         inspection.require_attention(run)
     require_folder("runs", runs)
-    if not (prepared_path(data, plan[0].task, plan[0].size) / MANIFEST).exists():
-        prepare_with_progress(plan[0].task, data, plan[0].size)
+    group = distributed.join()
+    OUT.quiet = not group.is_first
+    with group.first_alone():
+        if not (prepared_path(data, plan[0].task, plan[0].size) / MANIFEST).exists():
+            prepare_with_progress(plan[0].task, data, plan[0].size)
     dataset = prepared_task(data, plan[0].task, plan[0].size)
     grid = Grid("attention", "test %", "dev %", "majority %", "steps/s", "seconds", "run", title=dataset.label)
     for run in plan:
         screen = Screen(OUT)
         record = train_run(run, dataset, runs, device=device, watcher=Together(screen, Curves()))
         content = record.content
+        timed = ((content["steps_per_second"], 1), (content["seconds"], 0))  # None of a run that shared its device
         say(f"{run.attention.name}: test accuracy {100 * content['accuracy']['test']:.2f} %, {record.path}")
         grid.add_row(
             run.attention.name,
             f"{100 * content['accuracy']['test']:.2f}",
             f"{100 * content['accuracy']['dev']:.2f}",
             f"{100 * content['data']['majority']['test']:.2f}",
-            f"{content['steps_per_second']:.1f}",
-            f"{content['seconds']:.0f}",
+            *("\N{EN DASH}" if x is None else f"{x:.{digits}f}" for x, digits in timed),
             content["key"],
         )
     OUT.print(grid)
@@ -204,6 +209,13 @@ def report(
     out: Annotated[
         Path, arg(metavar="FOLDER", help="for page, tables and plots", help_behavior_hint="(report)")
     ] = Path("report"),
+    baseline: Annotated[str, arg(metavar="NAME", help="attention to compare with", help_behavior_hint="(softmax)")] = (
+        "softmax"
+    ),
+    published: Annotated[
+        Path | None,
+        arg(metavar="FILE", help="published figures to stand beside", help_behavior_hint="(in $SPECTRAFORMER_DATA)"),
+    ] = None,
     least_margin: Annotated[
         float | None,
         arg(metavar="POINTS", help="fail unless every run beats the majority class by so much", help_behavior_hint=""),
@@ -211,7 +223,7 @@ def report(
 ) -> None:
     """Make tables, plots and one page from finished runs."""
     found = found_records(runs)
-    paths = write_report(found, out)
+    paths = write_report(found, out, published=published, baseline=baseline)
     say(f"open {paths.page}; tables: {paths.markdown}, {paths.table}")
     if least_margin is None:
         return
@@ -255,10 +267,12 @@ def check(what: Positional[tuple[str, ...]] = (), /) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "data": data,
     "train": train,
+    "sweep": sweep,
     "eval": eval,
     "report": report,
     "list": list_,
     "check": check,
+    "bench": bench,
 }
 
 
@@ -291,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"a package is missing or broken: {error}", 1)
     finally:
+        distributed.leave()
         signal.signal(signal.SIGTERM, before)
     return 0
 

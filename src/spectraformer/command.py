@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-EXTRA = ("tyro", "rich", "numpy", "pyarrow", "PIL", "safetensors", "matplotlib", "jinja2", "tensorboard")
+EXTRA = ("tyro", "rich", "numpy", "pyarrow", "PIL", "safetensors", "matplotlib", "jinja2", "scipy", "tensorboard")
 
 
 def main() -> None:

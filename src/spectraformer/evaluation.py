@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from spectraformer.captured import Captured, capture
 from spectraformer.checkpoint import load_saved_model
 from spectraformer.config import Run
+from spectraformer.distributed import ALONE, Group
 from spectraformer.interruption import Interruption
 from spectraformer.model import Classifier
 from spectraformer.records import MODEL, Record
@@ -113,40 +115,106 @@ def load_model(record: Record, dataset: Dataset) -> Classifier:
     return model.eval()
 
 
-@torch.no_grad()
+class Evaluator:
+    """Accuracy and loss of a model on every example of a split.
+
+    All batches have one size: the last is filled up with examples that do not count.
+
+    Args:
+        model: Any weights it has when it is called.
+        loader: Of the split.
+        batch_size: Examples a batch.
+        precision: "float32" or "bfloat16".
+        group: Processes that share the batches.
+    """
+
+    def __init__(self, model: nn.Module, loader: Loader, batch_size: int, precision: str, group: Group = ALONE) -> None:
+        self.model = model
+        self.loader = loader
+        self.precision = precision
+        self.group = group
+        examples, device = len(loader), loader.device
+        size = min(batch_size, examples)
+        self.batches = -(-examples // size)
+        # In order of length, so that a batch is as short as it can be; filled up with the longest.
+        places = torch.arange(self.batches * size).clamp(max=examples - 1)
+        self.examples = torch.from_numpy(loader.by_length)[places].view(self.batches, size).to(device)
+        self.counts = (torch.arange(self.batches * size) < examples).view(self.batches, size).to(device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._captured: Captured | None = None
+
+    def __call__(self, interruption: Interruption | None = None) -> Evaluation:
+        """Evaluates the weights as they are.
+
+        Raises:
+            Interrupted: If the user asked to stop meanwhile.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            run = self._batch if self._captured is None else self._captured.run
+            self.correct.zero_()
+            self.loss.zero_()
+            for number in range(self.group.rank, self.batches, self.group.size):
+                # Processes that stop at different batches would wait for each other for ever.
+                if interruption is not None and self.group.size == 1:
+                    interruption.check()
+                self.place.fill_(number)
+                run()
+            self.group.sum_([self.correct])
+            self.group.sum_([self.loss])
+        finally:
+            self.model.train(was_training)
+        return Evaluation(int(self.correct) / len(self.loader), float(self.loss) / len(self.loader))
+
+    def capture(self) -> str | None:
+        """Records the work of a batch if that can be done; returns why not."""
+        if self._captured is None:
+            was_training = self.model.training
+            self.model.eval()
+            sums = (self.correct, self.loss)
+            self._captured = capture(
+                self._batch, self.model, self.loader.device, state=(self.place, *sums), results=lambda: sums
+            )
+            self.model.train(was_training)
+        return self._captured.reason
+
+    @torch.no_grad()
+    def _batch(self) -> None:
+        counts = self.counts.index_select(0, self.place)[0]
+        batch = self.loader.batch(self.examples.index_select(0, self.place)[0])
+        with autocast(self.loader.device, self.precision):
+            logits = self.model(batch.tokens, batch.lengths).float()
+        loss = functional.cross_entropy(logits, batch.labels, reduction="none").double()
+        self.correct += ((logits.argmax(-1) == batch.labels) & counts).sum()
+        self.loss += loss.masked_fill(~counts, 0.0).sum()
+
+
 def evaluate(
     model: nn.Module, loader: Loader, batch_size: int, precision: str, interruption: Interruption | None = None
 ) -> Evaluation:
-    """Accuracy and loss on every example of a split.
+    """Accuracy and loss on every example of a split; see :class:`Evaluator`.
 
     Raises:
         Interrupted: If the user asked to stop meanwhile.
     """
-    was_training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=loader.device)
-    loss = torch.zeros((), dtype=torch.float64, device=loader.device)
-    try:
-        for batch in loader.evaluation(batch_size):
-            if interruption is not None:
-                interruption.check()
-            with autocast(loader.device, precision):
-                logits = model(batch.tokens, batch.lengths).float()
-            correct += (logits.argmax(-1) == batch.labels).sum()
-            loss += functional.cross_entropy(logits, batch.labels, reduction="sum").double()
-    finally:
-        model.train(was_training)
-    return Evaluation(float(correct) / len(loader), float(loss) / len(loader))
+    return Evaluator(model, loader, batch_size, precision)(interruption)
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Only deterministic kernels inside; the former setting after."""
+    """Only deterministic kernels inside; the former settings after."""
     # Without this, cuBLAS refuses to be deterministic; it is read when cuBLAS is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
+    # It would cost a kernel for most tensors; nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -34,8 +34,7 @@ from spectraformer.components import (
     Signed,
     Tokens,
 )
-from spectraformer.components.pairs import fold_groups
-from spectraformer.components.statistics import Moments, RunningMoments, moments
+from spectraformer.components.statistics import Moments, RunningMoments, paired_moments
 from spectraformer.ops.graph import is_recomputing
 from spectraformer.weights.base import Projection, WeightMatrix
 
@@ -203,12 +202,8 @@ class FeatureMap(nn.Module):
     def _batch_moments(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, root: float
     ) -> tuple[Moments, Moments]:
-        order, minimum = self.component.order, self.component.needs_minimum
-        query_rows = None if query_mask is None else query_mask.repeat(1, q.shape[1] // k.shape[1])
-        return (
-            moments(fold_groups(q, k.shape[1]), query_rows, root, order, minimum),
-            moments(k, key_mask, root, order, minimum),
-        )
+        component = self.component
+        return paired_moments(q, k, query_mask, key_mask, root, component.order, component.needs_minimum)
 
     def _check_statistics(self, is_causal: bool) -> None:
         """Refuses parameters that would look into the future."""

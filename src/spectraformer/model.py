@@ -5,6 +5,9 @@ Legend: b examples, c documents an example, l tokens, w width, h heads.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,7 @@ from spectraformer.checks import require_choice
 from spectraformer.config import PROTOCOLS, AttentionConfig, ModelConfig
 from spectraformer.features import FeatureMap
 from spectraformer.registry import COMPONENTS, build, nearest, parse_variant
+from spectraformer.stretches import PLAIN, Dropout, Merge, split_heads
 
 
 class RandomFeatures(nn.Module):
@@ -71,7 +75,7 @@ def build_attention(config: AttentionConfig, head_dim: int, num_heads: int, max_
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention around any attention.
+    """Multi-head self-attention around any attention, up to it and from it on.
 
     Args:
         width: w.
@@ -86,15 +90,9 @@ class Attention(nn.Module):
         self.attention = attention
         self.out = nn.Linear(width, width)
 
-    def forward(
-        self,
-        x: Tensor,  # (b, l, w)
-        real: Tensor,  # (b, l) bool
-    ) -> Tensor:
-        """Attention of every token to every real token, (b, l, w)."""
-        q, k, v = self.project(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out: Tensor = self.attention(q, k, v, key_padding_mask=real)
-        return self.out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    def join(self, attended: Tensor) -> Tensor:  # (b, h, l, w / h) -> (b, l, w)
+        """What goes to the residual stream."""
+        return self.out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -113,18 +111,23 @@ class Layer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(config.width, config.hidden),
             nn.GELU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(config.hidden, config.width),
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,  # (b, l, w)
-        real: Tensor,  # (b, l) bool
-    ) -> Tensor:
-        """The layer's output, (b, l, w)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), real))
+    def begin(self, x: Tensor) -> Tensor:  # (b, l, w) -> (b, l, 3 w)
+        """All before attention."""
+        return self.attention.project(self.attention_norm(x))  # type: ignore[no-any-return]
+
+    def attend(self, projected: Tensor, real: Tensor, merge: Merge) -> Tensor:
+        """Attention itself, (b, l, 3 w) -> (b, h, l, w / h); real is (b, l) bool."""
+        q, k, v = split_heads(projected, self.attention.num_heads, merge)
+        return self.attention.attention(q, k, v, key_padding_mask=real)  # type: ignore[no-any-return]
+
+    def end(self, x: Tensor, attended: Tensor) -> Tensor:  # (b, l, w), (b, h, l, w / h) -> (b, l, w)
+        """All after attention."""
+        x = x + self.dropout(self.attention.join(attended))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
 
 
@@ -138,6 +141,9 @@ class Encoder(nn.Module):
         max_length: Most tokens of a document.
         seed: Of the attentions' randomness; every layer has its own.
         protocol: "strict": the mean over real tokens; "published": their sum over the padded length.
+
+    Attributes:
+        stretches: How all but attention is computed in training, see :mod:`spectraformer.stretches`.
     """
 
     def __init__(
@@ -152,11 +158,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.max_length = max_length
         self.protocol = protocol
+        self.stretches = PLAIN
         self.tokens = nn.Embedding(vocab_size, config.width)
         self.positions = nn.Embedding(max_length, config.width)
         for table in (self.tokens, self.positions):
             nn.init.normal_(table.weight, std=0.02)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         head_dim = config.width // config.num_heads
         self.layers = nn.ModuleList(
             Layer(config, build_attention(attention, head_dim, config.num_heads, max_length, seed * 1000 + number))
@@ -170,14 +177,14 @@ class Encoder(nn.Module):
         lengths: Tensor,  # (b,) how many of them are real
     ) -> Tensor:
         """One vector a document, (b, w)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        real = positions < lengths[:, None]
-        x = self.dropout(self.tokens(tokens.int()) + self.positions(positions))
-        for layer in self.layers:
-            x = layer(x, real)
-        total = (self.norm(x).float() * real[..., None]).sum(1)
-        count = lengths[:, None] if self.protocol == "strict" else self.max_length
-        return total / count  # type: ignore[no-any-return]
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        layers = cast("list[Layer]", list(self.layers))
+        # Evaluations are too few to be worth compiling.
+        enter, between, leave, merge = self.stretches if self.training else PLAIN
+        x, projected = enter(self, layers[0], tokens)
+        for layer, following in pairwise(layers):
+            x, projected = between(layer, following, x, layer.attend(projected, real, merge))
+        return leave(self, layers[-1], x, layers[-1].attend(projected, real, merge), real, lengths)
 
 
 class Classifier(nn.Module):

@@ -13,27 +13,22 @@ class NonFiniteError(ValueError):
     """A loss or gradient is NaN or infinite."""
 
 
-def require_finite(model: nn.Module, loss: Tensor, step: int, rate: float, forward: Callable[[], Tensor]) -> None:
-    """Checks a loss and all gradients, with one synchronisation.
+def explain(model: nn.Module, loss: Tensor, step: int, rate: float, forward: Callable[[], object]) -> NonFiniteError:
+    """The error of a step whose loss or gradients are not finite.
 
     Args:
-        model: Whose gradients.
-        loss: Of this step, a scalar.
+        model: With the weights before the step, and the gradients of the step.
+        loss: Of the step, a scalar.
         step: Its number, from 0.
         rate: Its learning rate.
         forward: Computes the loss again, to find the layer.
 
-    Raises:
-        NonFiniteError: Naming step, learning rate and layer.
+    Returns:
+        An error that names step, learning rate and layer.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # Zero times anything finite is zero: the sum is finite if and only if all are, and cannot overflow.
-    total = loss * 0 + torch.stack([norm * 0 for norm in torch._foreach_norm(gradients, float("inf"))]).sum()
-    if bool(total.isfinite()):
-        return
-    where = _parameter(model) or (_layer(model, forward) if not bool(loss.isfinite()) else _gradient(model))
-    what = "loss" if not bool(loss.isfinite()) else "gradient"
-    raise NonFiniteError(
+    what = "gradient" if bool(loss.isfinite()) else "loss"
+    where = _parameter(model) or (_layer(model, forward) if what == "loss" else _gradient(model))
+    return NonFiniteError(
         f"the {what} is not finite at step {step + 1}, learning rate {rate:.3g}: {where}. "
         "Nothing of this step was applied. A lower learning rate or more warm-up may help"
     )
@@ -48,15 +43,13 @@ def _parameter(model: nn.Module) -> str | None:
 
 def _gradient(model: nn.Module) -> str:
     """The layer nearest to the loss: gradients flow from there to all before it."""
-    name, gradient = next(
-        (name, parameter.grad)
-        for name, parameter in reversed(list(model.named_parameters()))
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-    )
-    return f"the gradient of {name} has {_kinds(gradient)}"
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"the gradient of {name} has {_kinds(parameter.grad)}"
+    return "in another process, or in a computation that gave another result when it was repeated"
 
 
-def _layer(model: nn.Module, forward: Callable[[], Tensor]) -> str:
+def _layer(model: nn.Module, forward: Callable[[], object]) -> str:
     """The first layer, in the order of computation, whose output is not finite."""
     found: list[str] = []
 

@@ -7,6 +7,7 @@
         checkpoints/        see spectraformer.checkpoint
         tensorboard/        curves, for those who watch
         model.safetensors   the weights that were tested
+        shared              there if the run ever shared its device: its result carries no time and no memory
         result.json         written last: the run is done if and only if it is there
 """
 
@@ -34,6 +35,7 @@ RESULT = "result.json"
 DESCRIPTION = "run.json"
 MODEL = "model.safetensors"
 CHECKPOINTS = "checkpoints"
+SHARED = "shared"
 KEY_DIGITS = 12
 
 # What every result holds; the README of the format is docs/records.md.
@@ -67,6 +69,10 @@ FIELDS = frozenset(
 )
 
 
+# What depends on what else the device was doing; None for a run that shared it.
+MEASURED = ("peak_memory_bytes", "seconds", "steps_per_second")
+
+
 @dataclass(frozen=True)
 class Record:
     """The result of one finished run.
@@ -87,6 +93,12 @@ def run_key(run: Run, fingerprint: str) -> str:
     return digest({"run": to_json(run), "data": fingerprint})[:KEY_DIGITS]
 
 
+def run_path(runs: Path, run: Run, fingerprint: str) -> Path:
+    """The directory of a run, whether it is there or not."""
+    size = "" if run.size == "full" else f"-{run.size}"
+    return runs / f"{run.task}{size}.{run.attention.name}.seed{run.train.seed}.{run_key(run, fingerprint)}"
+
+
 def open_run(runs: Path, run: Run, data: Mapping[str, str]) -> tuple[Path, str]:
     """The directory of a run, made and described if it is new; and its key.
 
@@ -99,8 +111,7 @@ def open_run(runs: Path, run: Run, data: Mapping[str, str]) -> tuple[Path, str]:
         DamagedError: If the directory exists and describes another run.
     """
     key = run_key(run, data["sha256"])
-    size = "" if run.size == "full" else f"-{run.size}"
-    path = runs / f"{run.task}{size}.{run.attention.name}.seed{run.train.seed}.{key}"
+    path = run_path(runs, run, data["sha256"])
     if (path / DESCRIPTION).exists():
         try:
             found = read_description(path)
@@ -128,8 +139,11 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> Record:
-    """Writes a run's result: from now on it is done."""
+    """Writes a run's result: from now on it is done. Of a run that shared its device it keeps no time or memory."""
     assert content.keys() == FIELDS, content.keys() ^ FIELDS
+    if (path / SHARED).exists():
+        history = [{**row, "seconds": None} for row in content["history"]]
+        content = {**content, **dict.fromkeys(MEASURED), "history": history}
     write_json(path / RESULT, seal(content))
     return read_record(path)
 

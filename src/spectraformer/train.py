@@ -2,63 +2,52 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from spectraformer import checkpoint as checkpoints
 from spectraformer import records
+from spectraformer.captured import RECORDERS
 from spectraformer.checkpoint import Checkpoint
-from spectraformer.config import Run, TrainConfig, to_json
+from spectraformer.config import Run, to_json
+from spectraformer.distributed import ALONE, Group, join, own_device
 from spectraformer.evaluation import (
     Evaluation,
+    Evaluator,
     autocast,
     deterministic,
-    evaluate,
     make_model,
     resolve_device,
     resolve_precision,
 )
 from spectraformer.files import DamagedError, only_process, remove_unfinished, require_folder
 from spectraformer.interruption import Interrupted, Interruption
-from spectraformer.nonfinite import require_finite
+from spectraformer.nonfinite import NonFiniteError, explain
+from spectraformer.randomness import RandomSpan, on_device, random_states, restore_random, seed_all
+from spectraformer.step import Stepper, learning_rate
+from spectraformer.stretches import PLAIN, compile_stretches
 from spectraformer.tasks.base import Array
 from spectraformer.tasks.dataset import BatchOrder, Dataset, Loader
 from spectraformer.watch import Silent, Watcher
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-6
-# torch.optim.lr_scheduler.OneCycleLR's defaults: where the cycle begins and ends, as fractions of its peak.
-FIRST_FRACTION = 1 / 25
-LAST_FRACTION = FIRST_FRACTION / 1e4
 # Evaluations keep no activations: a larger batch than in training fits.
 EVALUATION_BATCHES = 2
 SECONDS_BETWEEN_SAVES = 300.0
-
-
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """One linear cycle: up to the peak in ``warmup`` steps, then down to almost nothing at the last step.
-
-    Args:
-        train: Peak, warm-up and number of steps.
-        step: 0 for the first.
-    """
-    peak, last = train.learning_rate, train.steps - 1
-    if step < train.warmup:
-        return peak * (FIRST_FRACTION + (1 - FIRST_FRACTION) * step / train.warmup)
-    down = (step - train.warmup) / max(last - train.warmup, 1)
-    return peak * (1 - (1 - LAST_FRACTION) * down)
+# How long the host lets a GPU run before it looks: for signals, progress, and whether all is finite.
+SECONDS_BETWEEN_LOOKS = 0.4
 
 
 class Trainer:
-    """One run on one device.
+    """One run on one device, or on one device for each process of a group.
 
     Args:
         run: What to train; its precision is resolved.
@@ -67,10 +56,21 @@ class Trainer:
         directory: The run's directory.
         key: The run's key.
         watcher: Who is told.
+        group: With whom.
+
+    Raises:
+        ValueError: If batches cannot be shared by the group.
     """
 
     def __init__(
-        self, run: Run, dataset: Dataset, device: torch.device, directory: Path, key: str, watcher: Watcher
+        self,
+        run: Run,
+        dataset: Dataset,
+        device: torch.device,
+        directory: Path,
+        key: str,
+        watcher: Watcher,
+        group: Group = ALONE,
     ) -> None:
         self.run = run
         self.train = run.train
@@ -79,6 +79,7 @@ class Trainer:
         self.directory = directory
         self.key = key
         self.watcher = watcher
+        self.group = group
         splits = {"train": "train", "dev": "dev", "test": "test"}
         if run.protocol == "published" and "published_train" in dataset.splits:
             splits = {"train": "published_train", "dev": "test", "test": "test"}
@@ -86,13 +87,8 @@ class Trainer:
         self.loaders = {name: Loader(dataset, split, device) for name, split in splits.items()}
         self.order = BatchOrder(len(self.loaders["train"]), self.train.batch_size, self.train.seed)
         self.model = make_model(run, dataset).to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.train.learning_rate,
-            betas=BETAS,
-            eps=EPSILON,
-            weight_decay=self.train.weight_decay,
-        )
+        self.stepper = Stepper(self.model, self.train, lambda part: self._backward(part), group, device)
+        self.evaluators: dict[str, Evaluator] = {}
         self.step = 0
         self.best: dict[str, Tensor] = {}
         self.progress: dict[str, Any] = {
@@ -107,13 +103,20 @@ class Trainer:
             "started": _now(),
         }
         self._saved = self._counted = time.monotonic()
+        self._seconds_a_step = math.inf
 
     # -- state -------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Continues from the newest whole checkpoint; from the beginning if there is none."""
-        torch.manual_seed(self.train.seed)
-        found, refused = checkpoints.latest_checkpoint(self.directory / records.CHECKPOINTS, self.key)
+        """Continues from the newest whole checkpoint; from the beginning if there is none.
+
+        Raises:
+            ValueError: If it is of another version of the model, or the processes do not see the same one.
+        """
+        group = self.group
+        seed_all(self.train.seed, group.rank)
+        with group.first_alone():  # what is damaged is set aside once
+            found, refused = checkpoints.latest_checkpoint(self.directory / records.CHECKPOINTS, self.key)
         for reason in refused:
             self.watcher.note(f"checkpoint refused: {reason}")
         if found is not None:
@@ -124,9 +127,15 @@ class Trainer:
                     f"the checkpoint in {self.directory} is of another version of this model; remove it to start anew: "
                     f"{error}"
                 ) from None
-            checkpoints.restore_optimizer(self.model, self.optimizer, found.optimizer)
-            checkpoints.restore_random(found.random)
+            checkpoints.restore_optimizer(self.model, self.stepper.optimizer, found.optimizer)
+            restore_random(found.random, group.rank, found.step)
             self.step, self.progress, self.best = found.step, found.progress, dict(found.best)
+        latest, earliest = group.agree(self.step, -self.step)
+        if latest != -earliest:
+            raise ValueError(
+                f"processes go on from different steps of {self.directory.name}, {-earliest} and {latest}; "
+                f"expected a folder of runs that all of them share"
+            )
         if refused:
             self.watcher.note(f"going on from step {self.step}")
         self.progress["sessions"] += 1
@@ -136,15 +145,17 @@ class Trainer:
         self._count_time()
         peak, _ = records.peak_memory(self.device)
         self.progress["peak_memory_bytes"] = max(filter(None, (peak, self.progress["peak_memory_bytes"])), default=None)
-        state = Checkpoint(
-            step=self.step,
-            model=self.model.state_dict(),
-            optimizer=checkpoints.optimizer_tensors(self.model, self.optimizer),
-            random=checkpoints.random_tensors(),
-            best=self.best,
-            progress=self.progress,
-        )
-        checkpoints.write_checkpoint(self.directory / records.CHECKPOINTS, self.key, state)
+        random = random_states(self.group)
+        if self.group.is_first:
+            state = Checkpoint(
+                step=self.step,
+                model=self.model.state_dict(),
+                optimizer=checkpoints.optimizer_tensors(self.model, self.stepper.optimizer),
+                random=random,
+                best=self.best,
+                progress=self.progress,
+            )
+            checkpoints.write_checkpoint(self.directory / records.CHECKPOINTS, self.key, state)
         self._saved = time.monotonic()
 
     def _count_time(self) -> None:
@@ -161,19 +172,24 @@ class Trainer:
             Interrupted: If the user asked to stop; everything is saved.
             NonFiniteError: If a loss or gradient is not finite; the weights are those before the step.
         """
+        gc.collect()  # memory of a run before this one is not this one's
         records.start_counting_memory(self.device)
         with deterministic(), Interruption() as interruption:
             try:
+                self.capture()
                 while True:
+                    unsaved = time.monotonic() - self._saved
+                    signal, is_late = self.group.agree(interruption.received or 0, unsaved > SECONDS_BETWEEN_SAVES)
+                    interruption.received = signal or None
                     if self._evaluation_is_due():
                         self.evaluate_dev(interruption)
                         self.save()
-                    elif time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+                    elif is_late:
                         self.save()
                     if self.step == self.train.steps:
                         break
                     interruption.check()
-                    self.train_step()
+                    self.train_step(self._steps_before_a_look())
             except Interrupted:
                 self.save()
                 raise
@@ -183,35 +199,59 @@ class Trainer:
         done = history[-1]["step"] if history else 0
         return self.step > done and (self.step % self.train.eval_every == 0 or self.step == self.train.steps)
 
-    def train_step(self) -> None:
-        """One optimiser step."""
-        started = time.monotonic()
-        rate = learning_rate(self.train, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.model.train()
-        examples = self.order(self.step)
-        loss = torch.zeros((), device=self.device)
-        for part in np.split(examples, self.train.accumulate):
-            loss += self._backward(part)
-        require_finite(self.model, loss, self.step, rate, lambda: self._forward(examples))
-        nn.utils.clip_grad_value_(self.model.parameters(), self.train.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        value = float(loss)
-        self.progress["loss_sum"] += value
-        self.progress["train_seconds"] += time.monotonic() - started
-        self.watcher.stepped(self.step, value)
+    def _steps_before_a_look(self) -> int:
+        every = self.train.eval_every
+        left = min(self.train.steps, (self.step // every + 1) * every) - self.step
+        (count,) = self.group.agree(int(SECONDS_BETWEEN_LOOKS / self._seconds_a_step))
+        return max(1, min(count, left, self.stepper.most))
 
-    def _forward(self, examples: Array) -> Tensor:
+    def capture(self) -> None:
+        """Compiles and records steps and evaluations where that can be done; says why if it cannot."""
+        name = self.run.attention.name
+        if self.device.type == "cuda" and (reason := compile_stretches(self.model.encoder, self.stepper.rehearse)):
+            self.watcher.note(f"{name} is trained without torch.compile: {reason}")
+        if self.device.type in RECORDERS and (reason := self.stepper.capture() or self._evaluator("dev").capture()):
+            self.watcher.note(f"{name} is trained step by step, not by a recording: {reason}")
+
+    def train_step(self, count: int = 1) -> None:
+        """So many optimiser steps, none of which waits for the host.
+
+        Raises:
+            NonFiniteError: If a loss or gradient is not finite; the weights are those before that step.
+        """
+        started = time.monotonic()
+        examples = self.order(self.step, count)
+        rates = [learning_rate(self.train, step) for step in range(self.step, self.step + count)]
+        span = RandomSpan(self.device)
+        outcome = self.stepper.run(examples, rates)
+        seconds = time.monotonic() - started
+        self._seconds_a_step = seconds / count
+        self.progress["train_seconds"] += seconds
+        for loss in outcome.losses:
+            self.step += 1
+            self.progress["loss_sum"] += loss
+            self.watcher.stepped(self.step, loss)
+        if outcome.failed:
+            number = len(outcome.losses)
+            span.rewind(number, count)
+            raise self._explain(examples[number], rates[number])
+
+    def _explain(self, examples: Array, rate: float) -> NonFiniteError:
+        """Computes a step again, of which nothing is applied, and looks where it fails."""
+        self.stepper.plan(examples[None], [rate])
+        self.stepper.step()
+        loss = self.stepper.outcomes[0, 0]
+        self.model.encoder.stretches = PLAIN
+        return explain(self.model, loss, self.step, rate, lambda: self._forward(self.stepper.examples[0]))
+
+    def _forward(self, examples: Tensor) -> Tensor:  # (b,)
         batch = self.loaders["train"].batch(examples)
         with autocast(self.device, self.train.precision):
             logits = self.model(batch.tokens, batch.lengths)
         return functional.cross_entropy(logits.float(), batch.labels)
 
-    def _backward(self, examples: Array) -> Tensor:
-        loss = self._forward(examples) / self.train.accumulate
+    def _backward(self, examples: Tensor) -> Tensor:
+        loss = self._forward(examples) / (self.train.accumulate * self.group.size)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -239,13 +279,22 @@ class Trainer:
 
     def evaluate(self, split: str, interruption: Interruption | None = None) -> Evaluation:
         """Accuracy and loss of the present weights on "train", "dev" or "test"."""
-        size = EVALUATION_BATCHES * self.train.batch_size // self.train.accumulate
-        return evaluate(self.model, self.loaders[split], size, self.train.precision, interruption)
+        return self._evaluator(split)(interruption)
+
+    def _evaluator(self, split: str) -> Evaluator:
+        if split not in self.evaluators:
+            size = EVALUATION_BATCHES * self.train.batch_size // self.train.accumulate
+            loader, precision = self.loaders[split], self.train.precision
+            self.evaluators[split] = Evaluator(self.model, loader, size, precision, self.group)
+        return self.evaluators[split]
 
     def finish(self) -> records.Record:
         """Tests the best weights once and writes the result."""
         self.model.load_state_dict(self.best)
-        dev, test = self.evaluate("dev"), self.evaluate("test")
+        with deterministic():
+            if self.device.type in RECORDERS:
+                self._evaluator("test").capture()
+            dev, test = self.evaluate("dev"), self.evaluate("test")
         peak, kind = records.peak_memory(self.device)
         self._count_time()
         model_path = self.directory / records.MODEL
@@ -276,12 +325,15 @@ class Trainer:
             "history": progress["history"],
             "versions": records.versions(),
             "git_commit": records.git_commit(),
-            "device": records.device_name(self.device),
+            "device": records.device_name(self.device) + (f" x {self.group.size}" if self.group.size > 1 else ""),
             "started": progress["started"],
             "finished": _now(),
             "model": checkpoints.save_model(model_path, self.model),
         }
-        return records.write_result(self.directory, content)
+        with self.group.first_alone():
+            if self.group.is_first:
+                records.write_result(self.directory, content)
+        return records.read_record(self.directory)
 
 
 def train(
@@ -301,21 +353,25 @@ def train(
         Interrupted: If the user asked to stop; calling again goes on.
         NonFiniteError: If a loss or gradient is not finite.
     """
-    place = resolve_device(device)
+    place = resolve_device(own_device(device))
     run = resolve_precision(run, place)
     make_model(run, dataset)  # a configuration that does not fit is refused before anything is written
     require_folder("runs", runs)
+    group = join()
+    group.share(run.train.batch_size, run.train.accumulate)
     data = {"sha256": dataset.fingerprint, "label": dataset.label, "source": dataset.manifest["source"]}
-    directory, key = records.open_run(runs, run, data)
-    if (directory / records.RESULT).exists():
+    with group.first_alone():
+        directory, key = records.open_run(runs, run, data)
+    if any(group.agree((directory / records.RESULT).exists())):
         try:
             return records.read_record(directory)
         except DamagedError as error:
             raise DamagedError(f"{error}; remove it, and the last checkpoint is tested again") from None
-    told = watcher or Silent()
-    with only_process(directory):
-        remove_unfinished(directory)
-        trainer = Trainer(run, dataset, place, directory, key, told)
+    told = watcher if watcher is not None and group.is_first else Silent()
+    with only_process(directory) if group.is_first else nullcontext(), on_device(place):
+        if group.is_first:
+            remove_unfinished(directory)
+        trainer = Trainer(run, dataset, place, directory, key, told, group)
         trainer.resume()
         told.begin(run, trainer.step, directory)
         try:

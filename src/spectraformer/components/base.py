@@ -153,11 +153,12 @@ class Tokens:
         if self.shift is not None:
             both = query_landmarks + key_landmarks
             bias = bias - (both @ self.shift.to(both.dtype).unsqueeze(-1)).squeeze(-1)
+        scaled = query_landmarks * self.root
         return Exponential(
             self.raw_query,
             self.raw_key,
-            query_landmarks * self.root,
-            key_landmarks * self.root,
+            scaled,
+            scaled if key_landmarks is query_landmarks else key_landmarks * self.root,
             bias,
             lambda: self.key_bias(key_own),
             self.query_bias(query_own),
@@ -214,9 +215,11 @@ class ComponentFunction(nn.Module, ABC):
         needs_minimum: f translates the tokens, by their least coordinates: see :meth:`shift`.
         shared_log: All features of a token share their log, which then ends in 1 instead of f.
         needs_float64: Its log-features are small differences of large terms.
+        trigonometric: Its pair is a Trigonometric, which has fused kernels.
     """
 
     positive: bool = True
+    trigonometric: bool = False
     needs_gaussian_rows: ClassVar[bool] = False
     order: ClassVar[Order] = "none"
     needs_minimum: ClassVar[bool] = False

@@ -23,6 +23,7 @@ from spectraformer.checks import require_number
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens, minus_half_sqnorm
 from spectraformer.components.pairs import Exponential, Features, Signed, with_key_signs, with_signs
 from spectraformer.components.statistics import Moments, Order, mean_squared_sum, optimal_rho
+from spectraformer.components.trigonometric import Trigonometric
 from spectraformer.weights.base import Projection
 
 # Added to second moments before they are inverted, relative to their mean: with fewer tokens than dims they are
@@ -154,6 +155,7 @@ class GERF(ComponentFunction):
         require_number("initial_eta", initial_eta, -math.inf, math.inf, "a finite number")
         self.sign = sign
         self.positive = sign == 1
+        self.trigonometric = sign == -1
         self.eta = nn.Parameter(torch.full((num_heads or 1,), float(initial_eta)))
 
     def feature_dim(self, num_rows: int) -> int:
@@ -167,21 +169,22 @@ class GERF(ComponentFunction):
             return with_signs(pair, projection)
         return self._signed(tokens, projection)
 
-    def _signed(self, tokens: Tokens, projection: Projection) -> Signed:
+    def _signed(self, tokens: Tokens, projection: Projection) -> Trigonometric:
         quadratic = ((1 - self.eta.exp()) / 8).unsqueeze(-1)  # (p, 1)
         slope = torch.sqrt(1 - 4 * quadratic).unsqueeze(-1)  # (p, 1, 1)
         log = 0.25 * self.head_dim * torch.log1p(-4 * quadratic) + quadratic * projection.sqnorm
-        log = (log + 0.5 * projection.log_abs_weight).repeat(1, 2).unsqueeze(-2)  # (g, 1, 2 m)
+        log_weight = 2 * log + projection.log_abs_weight  # (g, m)
+        log = (0.5 * log_weight).repeat(1, 2).unsqueeze(-2)  # (g, 1, 2 m)
         sign = projection.sign_weight.repeat(1, 2).unsqueeze(-2)
-        rows = (slope * projection.omega).mT  # (g, d, m)
+        rows = slope * projection.omega  # (g, m, d)
 
         def query_features(x: Tensor) -> Features:
-            phase = x @ rows.to(x.dtype)
+            phase = x @ rows.to(x.dtype).mT
             half_sqnorm = 0.5 * x.square().sum(-1, keepdim=True)
             return Features(half_sqnorm + log.to(x.dtype), torch.cat((phase.cos(), phase.sin()), dim=-1))
 
-        return tokens.signed(
-            query_features, with_key_signs(query_features, sign), self.feature_dim(projection.omega.shape[-2])
+        return Trigonometric(
+            tokens, query_features, with_key_signs(query_features, sign), rows, log_weight, projection.sign_weight
         )
 
 

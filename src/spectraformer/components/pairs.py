@@ -116,24 +116,34 @@ class Exponential:
         *,
         state: ops.AttentionState | None = None,
         backend: str = "auto",
+        is_causal: bool = False,
     ) -> Attended:
-        """Attention output, (b, h * g, n, e); causal from ``state`` if one is given.
+        """Attention output, (b, h * g, n, e); causal, from the first key on, or from ``state`` if one is given.
 
         Args:
             value: Values.
-            state: Where causal attention begins, or None for attention to every key.
+            state: Where causal attention begins.
             backend: "auto", or one that accepts these tokens.
+            is_causal: Implied by a state.
         """
         value = value.to(torch.promote_types(value.dtype, self.key.dtype))
-        operands = (self.query, self.key, value, self.query_landmarks, self.key_landmarks, self.landmark_bias)
-        if state is not None:
-            out, after = ops.causal_landmark_attention(*operands, self.key_bias, state)
+        is_causal = is_causal or state is not None
+        if backend == "auto":
+            tokens = (self.query, self.key, value)
+            backend = ops.choose_backend(backend, *tokens, is_causal=is_causal, features=self.feature_dim)
+        key_bias, key_quadratic = self._key_log_weight(backend)
+        landmarks = (self.query_landmarks, self.key_landmarks, self.landmark_bias)
+        operands = (self.query, self.key, value, *landmarks, key_bias, key_quadratic)
+        if is_causal:
+            out, after = ops.causal_landmark_attention(*operands, state, backend)
             return Attended(out, state=after)
-        chosen = ops.choose_backend("auto", self.query, self.key, value) if backend == "auto" else backend
-        if self.key_quadratic is not None and chosen == "triton":
-            bias = None if self.key_mask is None else _log(self.key_mask)
-            return Attended(ops.run_landmark_attention(chosen, *operands, bias, self.key_quadratic()))
-        return Attended(ops.run_landmark_attention(chosen, *operands, self.key_bias))
+        return Attended(ops.run_landmark_attention(backend, *operands))
+
+    def _key_log_weight(self, backend: str) -> tuple[Tensor | None, Tensor | None]:
+        """The log-weight t of keys, as bias and coefficients of their squares where kernels take it so."""
+        if self.key_quadratic is None or backend != "triton":
+            return self.key_bias, None
+        return None if self.key_mask is None else _log(self.key_mask), self.key_quadratic()
 
 
 def _log(mask: Tensor) -> Tensor:

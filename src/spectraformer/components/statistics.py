@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectraformer.ops.triton import moments as fused
+
 Order = Literal["none", "trace", "diagonal", "full"]
 """How much of the second moment is needed: nothing, its trace, its diagonal, or the whole matrix."""
 
@@ -100,6 +102,40 @@ def moments(
         if mask is not None:
             least = torch.where(mask.any(-1, keepdim=True), least, 0.0)
     return Moments(mean, second, least)
+
+
+def paired_moments(
+    query: Tensor,  # (b, h * g, n, d)
+    key: Tensor,  # (b, h, s, d)
+    query_mask: Tensor | None,  # (b, n), True for real tokens
+    key_mask: Tensor | None,  # (b, s)
+    root: float,
+    order: Order,
+    minimum: bool,
+) -> tuple[Moments, Moments]:
+    """:func:`moments` of queries and of keys; query heads that share a key head are one sequence.
+
+    On a GPU both sides take one read of the tokens, in one launch; least coordinates, and whole matrices of float32
+    tokens, stay with plain torch, which sums them in float64.
+
+    Args:
+        query: Queries as given.
+        key: Keys as given.
+        query_mask: Which queries are real; None means all.
+        key_mask: Which keys are real; None means all.
+        root: The square root of the attention scale.
+        order: How much of the second moments is computed.
+        minimum: Whether the least coordinates are computed; zeros if not.
+    """
+    if not minimum and not fused.refusals(query, key, order):
+        mean, second = fused.sequence_moments(query, key, query_mask, key_mask, root, order)
+        none = torch.zeros_like(mean[0])
+        return Moments(mean[0], second[0], none), Moments(mean[1], second[1], none)
+    b, h, _, d = key.shape
+    groups = query.shape[1] // h
+    rows = None if query_mask is None else query_mask.repeat(1, groups)
+    folded = query.reshape(b, h, groups * query.shape[2], d)
+    return moments(folded, rows, root, order, minimum), moments(key, key_mask, root, order, minimum)
 
 
 def mean_squared_sum(q: Moments, k: Moments) -> Tensor:  # (b, h)

@@ -7,9 +7,89 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spectraformer import ops
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens
-from spectraformer.components.pairs import Features, Signed
+from spectraformer.components.pairs import Attended, Features, Signed
+from spectraformer.ops.triton import trigonometric as fused
 from spectraformer.weights.base import Projection
+
+
+class Trigonometric(Signed):
+    r"""Signed features whose products are :math:`e^{(|x|^2+|y|^2)/2} \sum_i a_i \cos w_i\cdot(x - y)`.
+
+    On a GPU they attend in fused kernels, from the tokens as given: their translation cancels in differences. All that
+    only plain torch needs is computed on demand.
+
+    Args:
+        tokens: Queries and keys.
+        query_features: Features of a block of x, as in :class:`Signed`.
+        key_features: Features of a block of y.
+        rows: w, (g, m, d).
+        log_abs_weight: log |a|, (g, m).
+        sign_weight: Sign of a, (g, m).
+    """
+
+    _tokens: Tokens
+    _rule: tuple[Tensor, Tensor, Tensor]
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        query_features: Callable[[Tensor], Features],
+        key_features: Callable[[Tensor], Features],
+        rows: Tensor,
+        log_abs_weight: Tensor,
+        sign_weight: Tensor,
+    ) -> None:
+        parts = {
+            "_tokens": tokens,
+            "query_features": query_features,
+            "key_features": key_features,
+            "query_bias": tokens.query_bias(None),
+            "feature_dim": 2 * rows.shape[-2],
+            "_rule": (rows, log_abs_weight, sign_weight),
+        }
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def query(self) -> Tensor:
+        """Translated queries x, (b, h * g, n, d)."""
+        return self._tokens.query
+
+    @property
+    def key(self) -> Tensor:
+        """Translated keys y, (b, h, s, d)."""
+        return self._tokens.key
+
+    @property
+    def key_bias(self) -> Tensor:
+        """Log-factor of each key, (b, h, s), -inf where a key is padding."""
+        return self._tokens.key_bias(None)
+
+    def attend(
+        self,
+        value: Tensor,  # (b, h, s, e)
+        *,
+        state: ops.AttentionState | None = None,
+        backend: str = "auto",
+    ) -> Attended:
+        """Attention output, (b, h * g, n, e), in the dtype of value from fused kernels."""
+        tokens = self._tokens
+        query, key = tokens.raw_query, tokens.raw_key
+        fits = state is None and backend in ("auto", "triton") and 0 not in (*query.shape, *value.shape)
+        if not fits or fused.refusals(query, key, value):
+            plain = tokens.signed(self.query_features, self.key_features, self.feature_dim)
+            return plain.attend(value, state=state, backend=backend)
+        rows, log_weight, sign = (x.float().unsqueeze(0) for x in self._rule)
+        # The scale of the weights cancels.
+        weight = sign * (log_weight - log_weight.detach().amax(-1, keepdim=True)).exp()
+        bias = None
+        if tokens.key_mask is not None:
+            bias = torch.zeros_like(tokens.key_mask, dtype=torch.float32)
+            bias = bias.masked_fill(~tokens.key_mask, ops.streaming.NEGATIVE_INFINITY)
+        factor = 0.5 * tokens.root**2 if tokens.kernel == "softmax" else 0.0
+        return Attended(*fused.trigonometric_attention(query, key, value, rows * tokens.root, weight, bias, factor))
 
 
 class TrigRF(ComponentFunction):
@@ -28,6 +108,7 @@ class TrigRF(ComponentFunction):
 
     positive = False
     shared_log = True
+    trigonometric = True
 
     def feature_dim(self, num_rows: int) -> int:
         """Two a row."""
@@ -46,8 +127,11 @@ class TrigRF(ComponentFunction):
 
             return of
 
-        return tokens.signed(
+        return Trigonometric(
+            tokens,
             features(1.0),
             features(projection.sign_weight.unsqueeze(-2)),
-            self.feature_dim(projection.omega.shape[-2]),
+            projection.omega,
+            projection.log_abs_weight,
+            projection.sign_weight,
         )

@@ -34,6 +34,8 @@ from spectraformer.ops.streaming import (
     unflatten_heads,
     with_ones,
 )
+from spectraformer.ops.triton import causal as causal_kernels
+from spectraformer.ops.triton import trigonometric as trigonometric_kernels
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
 
@@ -117,14 +119,8 @@ def run_landmark_attention(
     if backend == "triton":
         operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
         return kernels.landmark_attention(*operands)
-    if key_quadratic is not None:
-        wide = key.to(compute_dtype(key))
-        quadratic = (wide.square() * key_quadratic.unsqueeze(-2)).sum(-1)
-        key_bias = quadratic if key_bias is None else quadratic + key_bias
-    elif key_bias is None:
-        key_bias = key.new_zeros(1, 1, s)
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
-        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, _whole_bias(key, key_bias, key_quadratic)
     )
     run = cpu if backend == "cpu" else reference
     # A NaN is a key, and shows. Without any key the bias is made finite and the landmarks' values are made 0.
@@ -151,18 +147,26 @@ def causal_landmark_attention(
     query_landmarks: Tensor,  # (b | 1, h | 1, m, d)
     key_landmarks: Tensor,  # (b | 1, h | 1, m, d)
     landmark_bias: Tensor,  # (b | 1, h | 1, m)
-    key_bias: Tensor,  # (b, h, n)
-    state: AttentionState,
+    key_bias: Tensor | None = None,  # (b | 1, h | 1, n)
+    key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
+    state: AttentionState | None = None,
+    backend: str = "torch",
 ) -> tuple[Tensor, AttentionState]:
-    """As :func:`landmark_attention`, query t seeing the state and keys 0..t only; linear in n.
+    """As :func:`run_landmark_attention`, query t seeing the state and keys 0..t only; linear in n.
 
     Returns:
         Output, (b, h * g, n, e), and the state after the last key.
     """
+    if backend == "triton":
+        operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+        return causal_kernels.causal_landmark_attention(*operands, state)
     b, h, n, d = key.shape
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
-        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, _whole_bias(key, key_bias, key_quadratic)
     )
+    if state is None:
+        m, e = query_landmarks.shape[-2], value.shape[-1]
+        state = empty_state(b, h, m, e, device=value.device, dtype=value.dtype)
     if b == 0 or n == 0:
         return value.new_zeros(*query.shape[:3], value.shape[-1]), state
     with full_precision(query.device):
@@ -177,6 +181,14 @@ def causal_landmark_attention(
             state,
         )
     return out.flatten(1, 2), state
+
+
+def _whole_bias(key: Tensor, bias: Tensor | None, quadratic: Tensor | None) -> Tensor:
+    """What both say of a key's log-weight, (b | 1, h | 1, s)."""
+    if quadratic is None:
+        return key.new_zeros(1, 1, key.shape[2]) if bias is None else bias
+    squares = (key.to(compute_dtype(key)).square() * quadratic.unsqueeze(-2)).sum(-1)
+    return squares if bias is None else squares + bias
 
 
 def _prepare(
@@ -204,7 +216,15 @@ def _prepare(
 
 
 def choose_backend(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, *, positive: bool = True, is_causal: bool = False
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    positive: bool = True,
+    trigonometric: bool = False,
+    is_causal: bool = False,
+    features: int | None = None,
 ) -> str:
     """The backend that will run: "triton", "cpu" or "torch".
 
@@ -214,7 +234,9 @@ def choose_backend(
         key: Keys.
         value: Values.
         positive: Whether features are positive.
+        trigonometric: Whether they are cosines and sines, which have kernels of their own on a GPU.
         is_causal: Whether attention is causal.
+        features: How many there are, f.
 
     Raises:
         ValueError: If the name is unknown, or a backend named explicitly cannot run; with every reason.
@@ -225,11 +247,19 @@ def choose_backend(
     asked = ("triton", "cpu") if backend == "auto" else (backend,)
     reasons: list[str] = []
     for name in asked:
-        reasons = (kernels if name == "triton" else cpu).refusals(query, key, value)
-        if not positive:
+        waves = trigonometric and name == "triton"
+        if name == "cpu":
+            reasons = cpu.refusals(query, key, value)
+        elif waves:
+            reasons = trigonometric_kernels.refusals(query, key, value)
+        elif is_causal:
+            reasons = causal_kernels.refusals(query, key, value, features)
+        else:
+            reasons = kernels.refusals(query, key, value)
+        if not positive and not waves:
             reasons.append("signed features are not a softmax over landmarks")
-        if is_causal:
-            reasons.append(f"causal attention has no form in backend {name!r}")
+        if is_causal and (waves or name == "cpu"):
+            reasons.append(f"causal attention with these features has no form in backend {name!r}")
         if not reasons:
             return name
     if backend == "auto":

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from spectraformer.config import canonical, to_json
 from spectraformer.records import Record
-from spectraformer.report.plots import INK, MUTED, PALETTE, PANELS, RULE, legend_svg, marks, panel_svg
-from spectraformer.report.table import PARITY, SPACE, Row, Section, cells, devices, facts, flatten, percent
+from spectraformer.report.analysis import Analysis, Part, board_words, summary
+from spectraformer.report.comparisons import comparison_cells, comparison_numbers
+from spectraformer.report.curves import PANELS, legend_svg, marks, panel_svg
+from spectraformer.report.drawing import INK, MUTED, PALETTE, RULE
+from spectraformer.report.heatmap import Heatmap
+from spectraformer.report.leaderboard import Leaderboard, tables
+from spectraformer.report.pareto import front_svg, front_words
+from spectraformer.report.published import beside_cells, beside_words
+from spectraformer.report.rank_chart import ranking_svg
+from spectraformer.report.ranking import Ranking, ranking_words
+from spectraformer.report.rows import Row, Section, devices, flatten
+from spectraformer.report.statistics import TEST_SET
+from spectraformer.report.table import NOTHING, cells, facts, interval, numbers, percent
 
 TEMPLATE = "page.html.j2"
 LIGHT = {"ink": INK, "muted": MUTED, "rule": RULE, **{f"series-{i}": c for i, c in enumerate(PALETTE, 1)}}
@@ -27,27 +38,38 @@ DARK = {
 }
 
 
-def html_page(found: Sequence[Section]) -> str:
-    """The page about these sections."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    records = [record for section in found for record in section.records]
+def html_page(found: Analysis, notes: Sequence[str]) -> str:
+    """The page about these runs."""
+    environment = Environment(
+        loader=FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    records = [record for section in found.sections for record in section.records]
     shared = _shared(records)
-    tasks = sorted({section.task for section in found})
-    return template.render(
+    tasks = sorted({section.task for section in found.sections})
+    sentences = [summary(section) for section in found.sections]
+    return environment.get_template(TEMPLATE).render(
         title=f"Results on {tasks[0] if len(tasks) == 1 else _count(len(tasks), 'task')}",
-        summary=" ".join(summary(section) for section in found),
+        lead=[text for board in found.boards if (text := board_words(board))] or sentences[:1],
+        summaries=sentences if len(sentences) > 1 else [],
         counts=[
             _count(len(records), "run"),
             _count(len({record.content["attention"] for record in records}), "attention"),
             *devices(records),
         ],
-        sections=[_view(section, f"section-{i}") for i, section in enumerate(found, 1)],
+        boards=[_board(board, f"board-{i}") for i, board in enumerate(found.boards, 1) if len(board.sections) > 1],
+        sections=[_part(part, found.baseline, f"section-{i}") for i, part in enumerate(found.parts, 1)],
         shared=shared,
         runs=[
-            _run(section, row, record, shared) for section in found for row in section.rows for record in row.records
+            _run(section, row, record, shared)
+            for section in found.sections
+            for row in section.rows
+            for record in row.records
         ],
-        footnotes=footnotes(found),
+        footnotes=notes,
         light=LIGHT,
         dark=DARK,
     )
@@ -57,107 +79,162 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def summary(section: Section) -> str:
-    """One sentence: which attention answers best, and how far it is above the simplest answer and from softmax."""
-    best = [row for row in section.rows if row.test.mean == section.rows[0].test.mean]
-    first, names = best[0], _listed([row.label for row in best])
-    if len(section.rows) == 1:
-        reached = f"{names} has"
-    else:
-        reached = f"{names} {'is' if len(best) == 1 else 'are'} the best of {len(section.rows)} with"
-    sides = [f"{_points(first.margin)} the majority class"]
-    exact = [row for row in section.rows if row.exact]
-    if len(exact) == 1 and exact[0] not in best:
-        sides.append(f"{_points(first.test.mean - exact[0].test.mean)} softmax")
-    share = f"{100 * first.test.mean:.1f}{SPACE}%"
-    return f"On {section.title}, {reached} a test accuracy of {share}, {' and '.join(sides)}."
+def _table(
+    caption: str,
+    columns: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    values: Sequence[Sequence[float | None]],
+    *,
+    rows: Sequence[Row | None] = (),
+    bold: Sequence[Collection[int]] = (),
+) -> dict[str, Any]:
+    """What the template needs of a table: texts, and what they are sorted by; the first column names the line."""
+    shown = []
+    for i, (texts, sorts) in enumerate(zip(lines, values, strict=True)):
+        row = rows[i] if rows else None
+        strong = bold[i] if bold else ()
+        shown.append(
+            {
+                "name": row.name if row else texts[0],
+                "settings": row.settings if row else (),
+                "exact": row is not None and row.exact,
+                "cells": [
+                    {"text": text, "value": sort, "best": j in strong}
+                    for j, (text, sort) in enumerate(zip(texts[1:], sorts, strict=True), 1)
+                ],
+            }
+        )
+    return {"caption": caption, "columns": columns, "lines": shown}
 
 
-def _points(difference: float) -> str:
-    text = f"{abs(100 * difference):.1f}"
-    if not float(text):
-        return "level with"
-    return f"{text}{SPACE}points {'above' if difference > 0 else 'below'}"
+def _board(board: Leaderboard, identifier: str) -> dict[str, Any]:
+    """What the template needs of a leaderboard."""
+    name = "" if board.protocol == "strict" else f", {board.protocol} protocol"
+    return {
+        "id": identifier,
+        "title": f"Leaderboard{name}",
+        "tables": [
+            {
+                "title": table.title,
+                "notes": table.notes,
+                **_table(
+                    f"{table.title} of each attention on each task{name}; bold is the best of a column",
+                    table.columns,
+                    table.lines,
+                    table.numbers,
+                    bold=table.best,
+                ),
+            }
+            for table in tables(board)
+        ],
+        "ranking": _ranking(board.ranking, name),
+    }
 
 
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def footnotes(found: Sequence[Section]) -> list[str]:
-    """What has to be known to read the tables, and no more: notes on what does not occur are left out."""
-    rows = [row for section in found for row in section.rows]
-    protocols = {section.protocol for section in found}
-    notes = [
-        "Test accuracy is measured once, with the weights of the step that was best on dev. "
-        "“Over majority” is the difference, in points, to always answering the most common class of the test set.",
+def _ranking(found: Ranking, name: str) -> dict[str, Any]:
+    words = ranking_words(found)
+    columns = ["attention", "mean rank", *found.tasks]
+    lines = [
+        [label, f"{mean:.2f}", *(f"{x:g}" for x in ranks)]
+        for label, mean, ranks in zip(found.labels, found.means, found.ranks, strict=True)
     ]
-    if any(row.test.count > 1 for row in rows):
-        notes.append("± is the standard deviation over seeds (n − 1 in the denominator).")  # noqa: RUF001
-    errors = [_sampling_error(section) for section in found]
-    notes.append(
-        "The finite test set alone leaves a standard error of about "
-        + "; ".join(f"{error:.1f} points on {section.title}" for error, section in zip(errors, found, strict=True))
-        + ": smaller differences mean little."
-    )
-    if "strict" in protocols:
-        notes.append(
-            "Strict protocol: padding is masked in attention and in pooling; dev and test are disjoint; "
-            "the last partial batch counts."
-        )
-    if "published" in protocols:
-        notes.append(
-            "Published protocol: as in the published comparisons, pooling averages over the padded length, and the "
-            "dev set of the text task is its test set. These rows stand apart and are not comparable with strict ones."
-        )
-    notes.append(
-        "“To softmax” compares with the softmax row of the same task, protocol, model and batches: parameters, and "
-        "steps per second if both ran on the same device."
-    )
-    if any(row.outside_parity for row in rows):
-        notes.append(
-            f"† More than {100 * PARITY:.0f}{SPACE}% from softmax in parameters: not like for like by the rule of LRA."
-        )
-    kinds = {record.content["memory_kind"] for section in found for record in section.records}
-    meaning = {"process": "of the whole process, libraries included", "cuda": "allocated on the GPU"}
-    notes.append(
-        "Peak memory is that "
-        + ", or where marked that ".join(meaning.get(kind, kind) for kind in sorted(kinds, reverse=True))
-        + "."
-    )
-    return notes
+    values = [(mean, *ranks) for mean, ranks in zip(found.means, found.ranks, strict=True)]
+    drawing = ""
+    if found.critical is not None:
+        alt = "; ".join(f"{line[0]} has mean rank {line[1]}" for line in lines)
+        drawing = ranking_svg(found, f"ranks{name}", f"Mean ranks over tasks. {alt}.")
+    return {
+        "words": words,
+        "drawing": Markup(drawing),
+        "critical": found.critical,
+        "table": _table(f"Ranks over tasks{name}", columns, lines, values) if lines else None,
+    }
 
 
-def _sampling_error(section: Section) -> float:
-    """Largest standard error of a test accuracy p over n examples, sqrt(p (1 − p) / n), in points."""
-    return max(
-        100 * math.sqrt(p * (1 - p) / record.content["data"]["counts"]["test"])
-        for record in section.records
-        for p in [record.content["accuracy"]["test"]]
-    )
-
-
-def _view(section: Section, identifier: str) -> dict[str, Any]:
+def _part(part: Part, baseline: str, identifier: str) -> dict[str, Any]:
     """What the template needs of a section."""
-    top = _top(max(max(row.test.mean + (row.test.deviation or 0.0), row.majority) for row in section.rows))
+    section = part.section
+    top = _top(max(max(row.test.high, row.majority) for row in section.rows))
     look = marks(section)
+    texts = [cells(row) for row in section.rows]
+    compared = [comparison_cells(comparison) for comparison in part.comparisons]
     return {
         "id": identifier,
         "task": section.task,
         "protocol": section.protocol,
         "title": section.title,
+        "baseline": baseline,
         "facts": facts(section),
         "bars": [{**_bar(row, top), "mark": Markup(legend_svg(look[row.label]))} for row in section.rows],
+        "bases": {row.test.basis for row in section.rows},
         "ticks": [{"at": 100 * at / top, "text": f"{100 * at:.0f}"} for at in _ticks(top)],
-        "table": [{"row": row, "cells": _numbers(row)} for row in section.rows],
-        "columns": list(_numbers(section.rows[0])),
-        "panels": [{"title": panel.title, "drawing": Markup(panel_svg(section, panel))} for panel in PANELS],
+        "table": _table(
+            f"{section.title}: accuracy, size and speed of each attention",
+            list(texts[0]),
+            [list(line.values()) for line in texts],
+            [list(numbers(row).values()) for row in section.rows],
+            rows=section.rows,
+        ),
+        "conclusions": part.conclusions,
+        "comparisons": _table(
+            f"{section.title}: differences of test accuracy to {baseline}, points",
+            list(compared[0]),
+            [list(line.values()) for line in compared],
+            [[comparison_numbers(c).get(name) for name in list(compared[0])[1:]] for c in part.comparisons],
+            rows=[comparison.row for comparison in part.comparisons],
+        )
+        if compared
+        else None,
+        "heatmap": _heatmap(part.heatmap) if part.heatmap else None,
+        "fronts": [
+            {"title": front.title, "words": front_words(front), "drawing": Markup(front_svg(section, front))}
+            for front in part.fronts
+        ],
+        "beside": _beside(part) if part.beside else None,
+        "panels": [
+            {"title": panel.title, "drawing": Markup(panel_svg(section, panel))}
+            for panel in PANELS
+            if panel.across == "step" or any(row.device for row in section.rows)
+        ],
     }
 
 
-def _numbers(row: Row) -> dict[str, str]:
-    """The cells beside the name."""
-    return {column: text for column, text in cells(row).items() if column != "attention"}
+def _beside(part: Part) -> dict[str, Any]:
+    assert part.beside is not None
+    both = [beside_cells(part.beside, row, theirs) for row, theirs in part.beside.pairs]
+    return {
+        "words": beside_words(part.beside),
+        "table": _table(
+            f"{part.section.title} beside the published figures",
+            list(both[0][0]),
+            [list(texts.values()) for texts, _ in both],
+            [list(values.values()) for _, values in both],
+            rows=[row for row, _ in part.beside.pairs],
+        ),
+    }
+
+
+def _heatmap(found: Heatmap) -> dict[str, Any]:
+    return {
+        "weights": found.weights,
+        "left_out": found.left_out,
+        "lines": [
+            {
+                "component": component,
+                "cells": [
+                    {
+                        "shade": None if row is None else found.shade(row),
+                        "text": NOTHING if row is None else f"{100 * row.test.mean:.1f}",
+                        "title": "no run"
+                        if row is None
+                        else f"{row.label}: {percent(row.test)} %, {_count(row.test.count, 'seed')}",
+                    }
+                    for row in line
+                ],
+            }
+            for component, line in zip(found.components, found.rows, strict=True)
+        ],
+    }
 
 
 def _top(largest: float) -> float:
@@ -172,14 +249,15 @@ def _ticks(top: float) -> list[float]:
 
 def _bar(row: Row, top: float) -> dict[str, Any]:
     """Places on the axis in percent of its length."""
-    spread = row.test.deviation or 0.0
     return {
         "row": row,
         "text": percent(row.test),
+        "interval": interval(row.test),
+        "alone": row.test.basis == TEST_SET,
         "end": 100 * row.test.mean / top,
         "majority": 100 * row.majority / top,
-        "low": 100 * max(0.0, row.test.mean - spread) / top,
-        "high": 100 * min(top, row.test.mean + spread) / top,
+        "low": 100 * row.test.low / top,
+        "high": 100 * min(top, row.test.high) / top,
     }
 
 
@@ -206,7 +284,7 @@ def _run(section: Section, row: Row, record: Record, shared: Mapping[str, str]) 
         "key": content["key"][:12],
         "settings": [f"{path}={text}" for path, text in sorted(_settings(record).items()) if path not in elsewhere],
         "seed": record.run.train.seed,
-        "seconds": f"{content['seconds']:,.0f} s",
+        "seconds": NOTHING if content["seconds"] is None else f"{content['seconds']:,.0f} s",
         "sessions": content["sessions"],
         "started": str(content.get("started") or "").replace("T", " ")[:16],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from spectraformer.files import DamagedError, read_manifest
 from spectraformer.tasks.base import Array, Split
 from spectraformer.tasks.prepare import FORMAT, KIND
 
-# Batches are cut to their longest document, rounded up: few shapes to compile and allocate for.
+# On the CPU batches are cut to their longest document, rounded up: few shapes to allocate for.
 LENGTH_MULTIPLE = 64
 
 
@@ -115,19 +115,25 @@ def open_dataset(directory: Path, advance: Callable[[int], None] | None = None) 
 
 
 class Loader:
-    """Batches of one split, on a device, where the documents it names are held.
+    """Batches of one split, gathered on a device, where all of the documents it names are held.
 
     Args:
         dataset: Where the split is from.
         split: Its name.
         device: Where batches are made.
+
+    Attributes:
+        by_length: Numbers of all examples in order of length, on the host.
     """
 
     def __init__(self, dataset: Dataset, split: str, device: torch.device) -> None:
         rows, labels = dataset.splits[split]
         used, rows = np.unique(rows, return_inverse=True)
-        self.rows = rows.reshape(len(labels), -1)
-        self.lengths = dataset.lengths[used][self.rows]  # on the host: trimming needs no synchronisation
+        rows = rows.reshape(len(labels), -1)
+        lengths = dataset.lengths[used][rows]
+        self.by_length = np.argsort(lengths.max(axis=1), kind="stable")
+        self.rows = torch.from_numpy(rows).to(device)
+        self.lengths = torch.from_numpy(lengths).to(device)
         self.labels = torch.from_numpy(labels.astype(np.int64)).to(device)
         self.tokens = torch.from_numpy(np.ascontiguousarray(dataset.tokens[used])).to(device)
         self.device = device
@@ -135,21 +141,20 @@ class Loader:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, examples: Array) -> Batch:
+    def batch(
+        self,
+        examples: Tensor,  # (b,) int64, on the device
+    ) -> Batch:
         """The examples of these numbers."""
         lengths = self.lengths[examples]
-        width = min(self.tokens.shape[1], -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-        rows, chosen, kept = (
-            torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
-            for x in (self.rows[examples], examples, lengths)
-        )
-        return Batch(self.tokens[:, :width][rows], kept, self.labels[chosen])
+        return Batch(self.tokens[:, : self._width(lengths)][self.rows[examples]], lengths, self.labels[examples])
 
-    def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        """Every example once, in order of length, the last part batch included."""
-        order = np.argsort(self.lengths.max(axis=1), kind="stable")
-        for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size])
+    def _width(self, lengths: Tensor) -> int:
+        """On the CPU what the longest needs. A GPU has one width for all: nothing waits to learn it."""
+        most = self.tokens.shape[1]
+        if self.device.type != "cpu":
+            return most
+        return min(most, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
 class BatchOrder:
@@ -170,15 +175,16 @@ class BatchOrder:
         self._epoch = -1
         self._permutation: Array = np.empty(0, np.int64)
 
-    def __call__(self, step: int) -> Array:
-        """Numbers of the examples of step 0, 1, …, (batch_size,)."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+    def __call__(self, step: int, count: int = 1) -> Array:
+        """Numbers of the examples of ``count`` steps from step 0, 1, … on, (count, batch_size)."""
+        positions = np.arange(step * self.batch_size, (step + count) * self.batch_size)
         epochs = positions // self.examples
         parts = [
             self._permute(epoch)[positions[epochs == epoch] % self.examples]
             for epoch in range(epochs[0], epochs[-1] + 1)
         ]
-        return np.concatenate(parts)
+        found: Array = np.concatenate(parts).reshape(count, self.batch_size)
+        return found
 
     def _permute(self, epoch: int) -> Array:
         if epoch != self._epoch:

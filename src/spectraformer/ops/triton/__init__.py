@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -220,3 +221,9 @@ class _LandmarkAttention(torch.autograd.Function):
         )
         others = iter(found[3:])
         return (*found[:3], *(next(others) if need else None for need in needs[3:8]), None)
+
+
+if _file := os.environ.get("SPECTRAFORMER_TRITON_CONFIGURATIONS"):  # what `spectraformer bench tune` wrote
+    from spectraformer.ops.triton.configuration_file import load_configurations, use_configurations
+
+    use_configurations(load_configurations(Path(_file)))
