@@ -204,6 +204,8 @@ def stop(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
+    # Tests may run in the background of a shell, which has Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sweep("mine.py", device="cpu", threads=1, workers=2, data=Path({data!r}))
 """
 
