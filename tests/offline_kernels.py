@@ -62,8 +62,7 @@ def assemble(launch, sizes):
         if isinstance(x, torch.Tensor) or (x % 16 == 0 and name not in sizes):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.warps, "num_stages": 1}
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(binary.asm["ptx"])
@@ -79,5 +78,8 @@ def assemble(launch, sizes):
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
         "shared": binary.metadata.shared,
         "matrix": binary.asm["ptx"].count("wgmma.mma_async"),
-        "copies": binary.asm["ptx"].count("cp.async.c"),
+        "copies": binary.asm["ptx"].count("cp.async.cg"),
+        "stages": launch.constants.get("STAGES"),
+        # Said where matrix instructions wait for one another.
+        "serialized": re.findall(r"\((C75\d\d)\) Potential", report),
     }

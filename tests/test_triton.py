@@ -5,20 +5,17 @@ process; this file is both the tests and the two programs.
 """
 
 import json
-import os
-import re
 import subprocess
 import sys
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
+from offline_kernels import SHARED_MEMORY, assemble, differences, run_program
+
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-SHARED_MEMORY = 232_448  # bytes a program may have on compute capability 9.0
 # name: b, h, g, n, s, d, e, m, and what else is special
 CASES = {
     "plain": (2, 2, 1, 100, 300, 16, 16, 64, {}),
@@ -40,18 +37,9 @@ SHAPES = ((64, 128, "bfloat16"), (128, 256, "bfloat16"), (128, 256, "float16")) 
 MAX_SPILLS = 512
 
 
-def run_here(program, interpret):
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, program], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted():
-    return run_here("interpret", True)
+    return run_program(__file__, "interpret", interpret=True)
 
 
 @needs_triton
@@ -137,7 +125,7 @@ def test_a_compiled_kernel_is_started_without_dispatch_from_the_second_time(monk
 
 @pytest.fixture(scope="module")
 def compiled():
-    return run_here("compile", False)
+    return run_program(__file__, "compile", interpret=False)
 
 
 @needs_triton
@@ -294,17 +282,9 @@ def count_plans(kernels):
     return counts | {"same": want.equal(outs["again"]), "same transposed": want.equal(outs["transposed"])}
 
 
-def differences(real, fake):
-    return [
-        f"result {i}: {tuple(x.shape)} {x.stride()} {x.dtype}, fake {tuple(y.shape)} {y.stride()} {y.dtype}"
-        for i, (x, y) in enumerate(zip(real, fake, strict=True))
-        if (x.shape, x.stride(), x.dtype) != (y.shape, y.stride(), y.dtype)
-    ]
-
-
 def compile_all():
     from spectraformer.ops.triton.backward import Wanted, plan_backward
-    from spectraformer.ops.triton.forward import plan_forward
+    from spectraformer.ops.triton.forward import SIZES, plan_forward
 
     def meta(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -317,47 +297,8 @@ def compile_all():
         wanted = Wanted(*[False] * 5)
         launches = launches + plan_backward(tokens[0], *operands, *saved, wanted=wanted, precision="tf32x3")[0]
         masked = plan_forward(*operands[:6], meta(8, 1, 8192), operands[7], needs_backward=False, precision="tf32x3")[0]
-        results[str((d, m, dtype))] = [assemble(x) for x in [*launches, masked[0]] if "STAGES" in x.constants]
+        results[str((d, m, dtype))] = [assemble(x, SIZES) for x in [*launches, masked[0]] if "STAGES" in x.constants]
     sys.stdout.write(json.dumps(results))
-
-
-def assemble(launch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from spectraformer.ops.triton.forward import SIZES
-
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        x = launch.arguments[name] if name in launch.arguments else launch.constants[name]
-        if name in launch.constants or x is None or (isinstance(x, int) and x == 1 and name not in SIZES):
-            signature[name], constants[name] = "constexpr", x
-            continue
-        signature[name] = types[x.dtype] if isinstance(x, torch.Tensor) else "i32"
-        if isinstance(x, torch.Tensor) or (x % 16 == 0 and name not in SIZES):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.ptx").write_text(binary.asm["ptx"])
-        report = subprocess.run(
-            [assembler, "-v", "--gpu-name=sm_90a", f"{folder}/kernel.ptx", "-o", f"{folder}/kernel.cubin"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    return {
-        "kernel": launch.kernel.__name__,
-        "spills": int(re.search(r"(\d+) bytes spill stores", report)[1]),
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "shared": binary.metadata.shared,
-        "matrix": binary.asm["ptx"].count("wgmma.mma_async"),
-        "copies": binary.asm["ptx"].count("cp.async.cg"),
-        "stages": launch.constants["STAGES"],
-    }
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@ that program.
 
 import functools
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+
+from offline_kernels import assemble, run_program
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,10 +27,7 @@ SWEEPS = {"sweep_kernel", "query_sweep_kernel", "key_sweep_kernel"}
 
 @pytest.fixture(scope="module")
 def compiled():
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_program(__file__, "compile", interpret=False)
     return {name: {x["kernel"]: x for x in kernels} for name, kernels in found.items()}
 
 
@@ -73,9 +67,7 @@ def compile_all():
         launches += plan_backward(
             tokens[0], None, *operands, out, log_scale, *kept, wanted=Wanted(*[False] * 6), precision="tf32x3"
         )[0]
-        results[str((d, m))] = [
-            assemble(x) for x in launches if "STAGES" in x.constants and not x.constants.get("CAREFUL")
-        ]
+        results[str((d, m))] = [read(x) for x in launches if "STAGES" in x.constants and not x.constants.get("CAREFUL")]
     b, h, g, n, d, e, m = 2, 1, 3, 1333, 40, 72, 100
     tokens = [meta(b, x, n, y, dtype=torch.bfloat16) for x, y in ((h * g, d), (h, d), (h, e))]
     floats = [meta(b, h, m, d), meta(b, h, m, d), meta(b, h, m), meta(b, h, n), meta(b, h, d)]
@@ -85,42 +77,16 @@ def compile_all():
         torch.empty_like(out), sums, *operands, out, log_scale, *kept, wanted=Wanted(*[True] * 6), precision="tf32x3"
     )[0]
     launches += plan_step(*[x[:, :, :1] for x in tokens], *floats[:3], floats[3][..., :1], *operands[7:])[0]
-    results["everything"] = [assemble(x) for x in launches]
+    results["everything"] = [read(x) for x in launches]
     sys.stdout.write(json.dumps(results))
 
 
-def assemble(launch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def read(launch):
+    """What the assembler says, the kernel that takes care of sudden keys by a name of its own."""
     from spectraformer.ops.triton.causal_tiles import SIZES
 
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        x = launch.arguments[name] if name in launch.arguments else launch.constants[name]
-        if name in launch.constants or x is None or (isinstance(x, int) and x == 1 and name not in SIZES):
-            signature[name], constants[name] = "constexpr", x
-            continue
-        signature[name] = types[x.dtype] if isinstance(x, torch.Tensor) else "i32"
-        if isinstance(x, torch.Tensor) or (x % 16 == 0 and name not in SIZES):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.ptx").write_text(binary.asm["ptx"])
-        command = [assembler, "-v", "--gpu-name=sm_90a", f"{folder}/kernel.ptx", "-o", f"{folder}/kernel.cubin"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {
-        "kernel": ("careful " if launch.constants.get("CAREFUL") else "") + launch.kernel.__name__,
-        "spills": int(re.search(r"(\d+) bytes spill stores", report)[1]),
-        "shared": binary.metadata.shared,
-        "matrix": binary.asm["ptx"].count("wgmma.mma_async"),
-        # Said where matrix instructions wait for one another.
-        "serialized": re.findall(r"\((C75\d\d)\) Potential", report),
-    }
+    found = assemble(launch, SIZES)
+    return found | {"kernel": ("careful " if launch.constants.get("CAREFUL") else "") + found["kernel"]}
 
 
 if __name__ == "__main__":

@@ -143,12 +143,12 @@ class Exponential:
         """The log-weight t of keys, as bias and coefficients of their squares where kernels take it so."""
         if self.key_quadratic is None or backend != "triton":
             return self.key_bias, None
-        return None if self.key_mask is None else _log(self.key_mask), self.key_quadratic()
+        return None if self.key_mask is None else log_mask(self.key_mask), self.key_quadratic()
 
 
-def _log(mask: Tensor) -> Tensor:
-    """0 where True, -inf where False."""
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+def log_mask(mask: Tensor) -> Tensor:
+    """0 where True, -inf where False: a key's log-weight, in float32."""
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, ops.streaming.NEGATIVE_INFINITY)
 
 
 @dataclass(frozen=True)

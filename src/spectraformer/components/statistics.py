@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectraformer.components.pairs import fold_groups
 from spectraformer.ops.triton import moments as fused
 
 Order = Literal["none", "trace", "diagonal", "full"]
@@ -131,10 +132,9 @@ def paired_moments(
         mean, second = fused.sequence_moments(query, key, query_mask, key_mask, root, order)
         none = torch.zeros_like(mean[0])
         return Moments(mean[0], second[0], none), Moments(mean[1], second[1], none)
-    b, h, _, d = key.shape
-    groups = query.shape[1] // h
-    rows = None if query_mask is None else query_mask.repeat(1, groups)
-    folded = query.reshape(b, h, groups * query.shape[2], d)
+    h = key.shape[1]
+    rows = None if query_mask is None else query_mask.repeat(1, query.shape[1] // h)
+    folded = fold_groups(query, h)
     return moments(folded, rows, root, order, minimum), moments(key, key_mask, root, order, minimum)
 
 

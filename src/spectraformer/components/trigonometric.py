@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectraformer import ops
 from spectraformer.components.base import ComponentFunction, Parameters, Tokens
-from spectraformer.components.pairs import Attended, Features, Signed
+from spectraformer.components.pairs import Attended, Features, Signed, log_mask
 from spectraformer.ops.triton import trigonometric as fused
 from spectraformer.weights.base import Projection
 
@@ -84,10 +84,7 @@ class Trigonometric(Signed):
         rows, log_weight, sign = (x.float().unsqueeze(0) for x in self._rule)
         # The scale of the weights cancels.
         weight = sign * (log_weight - log_weight.detach().amax(-1, keepdim=True)).exp()
-        bias = None
-        if tokens.key_mask is not None:
-            bias = torch.zeros_like(tokens.key_mask, dtype=torch.float32)
-            bias = bias.masked_fill(~tokens.key_mask, ops.streaming.NEGATIVE_INFINITY)
+        bias = None if tokens.key_mask is None else log_mask(tokens.key_mask)
         factor = 0.5 * tokens.root**2 if tokens.kernel == "softmax" else 0.0
         return Attended(*fused.trigonometric_attention(query, key, value, rows * tokens.root, weight, bias, factor))
 

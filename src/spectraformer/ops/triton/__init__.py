@@ -97,12 +97,12 @@ def landmark_attention(
     autocast = autocast_dtype(query.device)
     if autocast is not None:
         query, key, value = (x.to(autocast) for x in (query, key, value))
-    query, key, value = (_with_unit_stride(x) for x in (query, key, value))
+    query, key, value = (with_unit_stride(x) for x in (query, key, value))
     query_landmarks, key_landmarks, landmark_bias = (
-        _with_unit_stride(x.float()) for x in (query_landmarks, key_landmarks, landmark_bias)
+        with_unit_stride(x.float()) for x in (query_landmarks, key_landmarks, landmark_bias)
     )
-    key_bias = None if key_bias is None else _with_unit_stride(key_bias.float())
-    key_quadratic = None if key_quadratic is None else _with_unit_stride(key_quadratic.float())
+    key_bias = None if key_bias is None else with_unit_stride(key_bias.float())
+    key_quadratic = None if key_quadratic is None else with_unit_stride(key_quadratic.float())
     operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         out: Tensor = _LandmarkAttention.apply(*operands, precision)
@@ -111,7 +111,8 @@ def landmark_attention(
     return forward
 
 
-def _with_unit_stride(x: Tensor) -> Tensor:
+def with_unit_stride(x: Tensor) -> Tensor:
+    """The same numbers as kernels read them: rows of any stride, columns side by side."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -217,7 +218,7 @@ class _LandmarkAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         found = torch.ops.spectraformer.landmark_attention_backward(
-            _with_unit_stride(grad), *ctx.saved_tensors, needs[3:8], ctx.precision
+            with_unit_stride(grad), *ctx.saved_tensors, needs[3:8], ctx.precision
         )
         others = iter(found[3:])
         return (*found[:3], *(next(others) if need else None for need in needs[3:8]), None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops.streaming import AttentionState, empty_state
-from spectraformer.ops.triton import INTERPRETED, LIBRARY, OPERANDS, PRECISIONS, _with_unit_stride, autocast_dtype
+from spectraformer.ops.triton import INTERPRETED, LIBRARY, OPERANDS, PRECISIONS, autocast_dtype, with_unit_stride
 from spectraformer.ops.triton import refusals as refusals_of_any
 
 # What was compared with float64 on a GPU. Elsewhere an access beyond memory was met there (head dim 32), or nothing is
@@ -104,8 +104,8 @@ def causal_landmark_attention(
     log_scale, sums = (None, None) if state is None else state[:2]
     floats = (query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, log_scale, sums)
     operands = (
-        *(_with_unit_stride(x) for x in (query, key, value)),
-        *(None if x is None else _with_unit_stride(x.float()) for x in floats),
+        *(with_unit_stride(x) for x in (query, key, value)),
+        *(None if x is None else with_unit_stride(x.float()) for x in floats),
     )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         out, log_scale, sums = _CausalLandmarkAttention.apply(*operands, precision)
@@ -288,7 +288,7 @@ class _CausalLandmarkAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        grad = torch.zeros_like(saved[INPUTS]) if grad is None else _with_unit_stride(grad)
+        grad = torch.zeros_like(saved[INPUTS]) if grad is None else with_unit_stride(grad)
         grad_sums = None if grad_sums is None else grad_sums.contiguous()
         wanted = [*needs[3:8], needs[9]]
         found = torch.ops.spectraformer.causal_landmark_attention_backward(

@@ -79,7 +79,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     from spectraformer.ops.triton.launch import planned
 
-    query, key = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key))
+    query, key = kernels.with_unit_stride(query), kernels.with_unit_stride(key)
     masks = (None if x is None else x.view(torch.uint8) for x in (query_mask, key_mask))
     mean, second = planned(_plan, (query, key, *masks), settings)
     return mean, second

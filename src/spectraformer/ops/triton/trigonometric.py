@@ -72,18 +72,14 @@ def trigonometric_attention(
     autocast = kernels.autocast_dtype(query.device)
     if autocast is not None:
         query, key, value = (x.to(autocast) for x in (query, key, value))
-    operands = [_with_unit_stride(x) for x in (query, key, value, rows.float(), rule_weight.float())]
-    bias = None if key_bias is None else _with_unit_stride(key_bias.float())
+    operands = [kernels.with_unit_stride(x) for x in (query, key, value, rows.float(), rule_weight.float())]
+    bias = None if key_bias is None else kernels.with_unit_stride(key_bias.float())
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*operands, bias)):
         out, unsafe = _TrigonometricAttention.apply(*operands, bias, key_factor, precision)
     else:
         found = torch.ops.spectraformer.trigonometric_attention(*operands, bias, key_factor, False, precision)
         out, unsafe = found[:2]
     return out, unsafe.view(torch.bool).reshape(query.shape[:3])
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor rows, Tensor rule_weight, Tensor? key_bias"
@@ -199,7 +195,7 @@ class _TrigonometricAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wanted = [*needs[3:5], needs[5] and ctx.saved_tensors[5] is not None]
         found = torch.ops.spectraformer.trigonometric_attention_backward(
-            _with_unit_stride(grad), *ctx.saved_tensors, ctx.settings[0], *wanted, ctx.settings[1]
+            kernels.with_unit_stride(grad), *ctx.saved_tensors, ctx.settings[0], *wanted, ctx.settings[1]
         )
         others = iter(found[3:])
         return (*found[:3], *(next(others) if need else None for need in wanted), None, None)
