@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spectraformer.baselines.base import Baseline
+from spectraformer.baselines.masked import masked_attention
 from spectraformer.checks import check_dropout, require_integer
 
 
@@ -106,10 +107,12 @@ class BigBird(Baseline):
         border = min(self.num_global_blocks * size, length + behind)
         parts = []
         if border:
-            seen = real[:, None, None, :]
+            first = query[:, :, :border]
             if is_causal:
-                seen = seen & (position <= position[:border, None])
-            parts.append(self._softmax(query[:, :, :border], key, value, seen))
+                seen = real[:, None, None, :] & (position <= position[:border, None])
+                parts.append(self._softmax(first, key, value, seen))
+            else:
+                parts.append(masked_attention(first, key, value, real[:, None], dropout=self._dropout()))
         if border < length + behind:
             parts.append(self._attend_sparse(query, key, value, real, position, border // size, is_causal))
         return torch.cat(parts, dim=2)[:, :, :length]
@@ -128,18 +131,24 @@ class BigBird(Baseline):
         into = (-1, self.block_size)
         blocks = query.shape[2] // self.block_size
         columns = self.columns[:, first:blocks]
-        exists = (columns >= 0) & (columns < blocks)  # (h, rows, slots)
-        columns = columns.clamp(0, blocks - 1)
+        # (h, rows, slots); in place of a block that does not exist stands one of padding, behind all others
+        columns = columns.masked_fill((columns < 0) | (columns >= blocks), blocks)
         head = torch.arange(self.num_heads, device=query.device)[:, None, None]
+        key, value = (functional.pad(x, (0, 0, 0, self.block_size)) for x in (key, value))
         # (b, h, rows, slots * block_size, dim), then heads and rows as one: fused kernels take four dimensions.
         keys, values = (torch.unflatten(x, 2, into)[:, head, columns].flatten(3, 4).flatten(1, 2) for x in (key, value))
-        seen = (torch.unflatten(real, 1, into)[:, columns] & exists[..., None]).flatten(3)[:, :, :, None]
-        rows = torch.unflatten(query, 2, into)[:, :, first:]
+        seen = torch.unflatten(functional.pad(real, (0, self.block_size)), 1, into)[:, columns].flatten(3).flatten(1, 2)
+        rows = torch.unflatten(query, 2, into)[:, :, first:].flatten(1, 2)
         if is_causal:
-            at = torch.unflatten(position, 0, into)
-            seen = seen & (at[columns].flatten(2).unsqueeze(2) <= at[first:, :, None])
-        out = self._softmax(rows.flatten(1, 2), keys, values, seen.flatten(1, 2))
+            at = torch.unflatten(functional.pad(position, (0, self.block_size), value=query.shape[2]), 0, into)
+            earlier = at[columns].flatten(2).unsqueeze(2) <= at[first:blocks, :, None]
+            out = self._softmax(rows, keys, values, seen.unsqueeze(2) & earlier.flatten(0, 1))
+        else:
+            out = masked_attention(rows, keys, values, seen, dropout=self._dropout())
         return torch.unflatten(out, 1, (self.num_heads, -1)).flatten(2, 3)
+
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _softmax(
         self,
@@ -148,10 +157,10 @@ class BigBird(Baseline):
         value: Tensor,  # (b, rows, s, e)
         seen: Tensor,  # broadcast to (b, rows, n, s)
     ) -> Tensor:
-        """Softmax attention to what is seen, (b, rows, n, e); 0 where that is nothing."""
+        """Softmax attention to what each query sees, (b, rows, n, e); 0 where that is nothing."""
         none = ~seen.any(-1, keepdim=True)
-        dropout = self.dropout if self.training else 0.0
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen | none, dropout_p=dropout)
+        mask, dropout = seen | none, self._dropout()
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return out.masked_fill(none, 0.0)
 
 

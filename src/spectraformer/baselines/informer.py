@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from spectraformer.baselines.base import Baseline
+from spectraformer.baselines.masked import masked_attention
 from spectraformer.checks import check_dropout, require_integer
 
 
@@ -83,18 +83,22 @@ class Informer(Baseline):
         real_queries = real if query.shape[2] == key.shape[2] else None
         if mask is not None and real_queries is not None:
             query = query.masked_fill(~mask[:, None, :, None], 0.0)
-        chosen = self._select(query.detach(), key.detach(), real, real_queries).unsqueeze(-1)
-        attended = functional.scaled_dot_product_attention(
-            query.gather(2, chosen.expand(-1, -1, -1, query.shape[3])),
+        chosen = self._select(query.detach(), key.detach(), real, real_queries)
+        batch, head = (torch.arange(size, device=query.device) for size in query.shape[:2])
+        # By rows: where it must be deterministic, a gradient of gathered numbers would sort them one by one.
+        rows = (batch[:, None, None], head[:, None], chosen)
+        attended = masked_attention(
+            query[rows],
             key,
             value,
-            attn_mask=None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
+            None if mask is None else mask[:, None],
+            dropout=self.dropout if self.training else 0.0,
         )
         total = value.sum(2, keepdim=True, dtype=torch.promote_types(value.dtype, torch.float32))
         mean = (total / real.sum(-1).clamp(min=1)[:, None, None, None]).to(value.dtype)
-        out = mean.expand(-1, -1, query.shape[2], -1)
-        return out.scatter(2, chosen.expand(-1, -1, -1, value.shape[3]), attended.to(value.dtype))
+        # Compiled, rows that share their memory would all be written.
+        out = mean.expand(-1, -1, query.shape[2], -1).contiguous()
+        return out.index_put(rows, attended.to(value.dtype))
 
     def _select(
         self,
@@ -111,8 +115,7 @@ class Informer(Baseline):
         sample = drawn.topk(min(self.num_keys, key.shape[2]), largest=False).indices  # (b or 1, |S|)
         counted = real.gather(1, sample)[:, None, None, :]
         scores = query @ key.take_along_dim(sample[:, None, :, None], 2).mT  # padding scores 0: not in the sum
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        mean = scores.sum(-1) / counted.sum(-1).clamp(min=1)
+        mean = scores.sum(-1, dtype=torch.promote_types(scores.dtype, torch.float32)) / counted.sum(-1).clamp(min=1)
         measure = scores.masked_fill(~counted, -math.inf).amax(-1) - mean
         if real_queries is not None:
             measure = measure.masked_fill(~real_queries[:, None, :], -math.inf)

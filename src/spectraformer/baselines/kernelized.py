@@ -24,10 +24,12 @@ def gaussian_kernel(
     References:
         Skyformer (Chen et al., 2021), arXiv 2111.00035; the term with both tokens is that of softmax attention.
     """
-    half = (0.5 * x.square().sum(-1)).unsqueeze(-1) + (0.5 * y.square().sum(-1)).unsqueeze(-2)
+    # [x, -|x|^2 / 2, 1] . [y, 1, -|y|^2 / 2]: the exponent in no pass over all pairs but that of the product.
+    of_x, of_y = (-0.5 * tokens.square().sum(-1, keepdim=True) for tokens in (x, y))
+    left = torch.cat((x, of_x, torch.ones_like(of_x)), -1) / math.sqrt(x.shape[-1])
+    right = torch.cat((y, torch.ones_like(of_y), of_y), -1)
     # Rounding can make the squared distance of near tokens negative.
-    exponent = ((x @ y.transpose(-1, -2) - half) / math.sqrt(x.shape[-1])).clamp(max=0.0)
-    return exponent.exp()
+    return (left @ right.transpose(-1, -2)).clamp(max=0.0).exp()
 
 
 class Kernelized(Baseline):

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from spectraformer import ops
 from spectraformer.baselines.base import Baseline
+from spectraformer.baselines.masked import masked_attention
 from spectraformer.checks import require_integer
 
 
@@ -147,7 +148,10 @@ class Nystrom(Baseline):
             member = member & mask[:, None, :]
         # A product with m rows: scattered sums would differ from run to run on a GPU.
         size = member.sum(-1).clamp(min=1)[:, None, :, None].to(q.dtype)
-        q_mean, k_mean, v_mean = (member.to(q.dtype).unsqueeze(1) @ x / size for x in (q, k, v))
+        # One for all heads: one for each would read the members, the largest of all here, as often.
+        together = torch.cat((q, k, v), -1).transpose(1, 2).flatten(2)  # (b, n, h (2 d + e))
+        means = torch.unflatten(member.to(q.dtype) @ together, -1, (q.shape[1], -1)).transpose(1, 2) / size
+        q_mean, k_mean, v_mean = torch.split(means, [q.shape[-1], k.shape[-1], v.shape[-1]], -1)
         exists = (number < used)[:, None, None, :]  # (b, 1, 1, m)
         # The inverse is of the landmarks as both fused softmaxes see them, in full precision.
         precise = ops.compute_dtype(q)
@@ -155,10 +159,8 @@ class Nystrom(Baseline):
         middle = middle.masked_fill(~exists, torch.finfo(precise).min).softmax(-1)
         norms = middle.sum(-2).amax(-1) * middle.sum(-1).amax(-1)  # entries are positive
         inverse = pseudo_inverse(middle, middle.transpose(-1, -2) / norms[..., None, None], self.iterations)
-        # A sequence of padding sees all of it, all zeros; its output is dropped.
-        real = None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
-        summary = functional.scaled_dot_product_attention(q_mean, k, v, attn_mask=real)
+        summary = masked_attention(q_mean, k, v, None if mask is None else mask[:, None])
         summary = (inverse @ summary.to(precise)).to(q.dtype)
         # Segments of one token: the means are the tokens, and the first factor is softmax attention itself.
         summary = torch.where((count <= landmarks)[:, None, None], v_mean, summary)
-        return functional.scaled_dot_product_attention(q, k_mean, summary, attn_mask=None if mask is None else exists)
+        return masked_attention(q, k_mean, summary, None if mask is None else exists[:, :, 0])

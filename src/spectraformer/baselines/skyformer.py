@@ -99,7 +99,7 @@ class Skyformer(Baseline):
         q, k, v = (x.to(dtype) for x in (query, key, value))
         with ops.full_precision(query.device):
             landmarks, exists = self._landmarks(q, k, mask)
-            exists = exists[:, None, None, :].to(dtype)  # (b, 1, 1, m)
+            exists = exists[:, None, :, None].to(dtype)  # (b, 1, m, 1)
             # A landmark that does not exist has a column of zeros outside, and a row and column of gamma I inside.
             inner = gaussian_kernel(landmarks, landmarks) * exists * exists.transpose(-1, -2)
             inner = inner + self.regularisation * torch.eye(inner.shape[-1], dtype=dtype, device=q.device)
@@ -107,8 +107,8 @@ class Skyformer(Baseline):
             normal = inner * scale * scale.transpose(-1, -2)
             inverse = pseudo_inverse(normal, torch.eye(inner.shape[-1], dtype=dtype, device=q.device), self.iterations)
             summary = gaussian_kernel(landmarks, k) @ v  # padded values are 0
-            summary = scale * (inverse @ (scale * summary))
-            out = (gaussian_kernel(q, landmarks) * exists) @ summary
+            summary = exists * scale * (inverse @ (scale * summary))
+            out = gaussian_kernel(q, landmarks) @ summary
         return out.to(value.dtype)
 
     def _landmarks(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,12 +116,13 @@ class Skyformer(Baseline):
         draws = torch.randint_like(self.draws, 2**DRAW_BITS) if self.training else self.draws
         count, seen = count_real(mask, q.shape[2], q.device)
         number = torch.arange(draws.shape[1], device=q.device)
+        batch, head = (torch.arange(size, device=q.device) for size in q.shape[:2])
         chosen = []
         for tokens, drawn in zip((q, k), draws, strict=True):
             # Ranks among the real tokens, from 0.
             rank = torch.where(count <= draws.shape[1], number, drawn * count >> DRAW_BITS)  # (b, m / 2)
             place = torch.searchsorted(seen, rank + 1).clamp(max=q.shape[2] - 1)
-            place = place[:, None, :, None].expand(q.shape[0], q.shape[1], -1, q.shape[3])
-            chosen.append(tokens.gather(2, place))
+            # By rows: where it must be deterministic, a gradient of gathered numbers would sort them one by one.
+            chosen.append(tokens[batch[:, None, None], head[:, None], place[:, None]])
         exists = number < count
         return torch.cat(chosen, 2), torch.cat((exists, exists), -1)

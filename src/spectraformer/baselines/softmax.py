@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from spectraformer.baselines.base import Baseline
+from spectraformer.baselines.masked import masked_attention
 from spectraformer.checks import check_dropout
 
 
@@ -45,12 +45,5 @@ class Softmax(Baseline):
     ) -> Tensor:
         """Attention output, (b, h, n, e)."""
         dropout = self.dropout if self.training else 0.0
-        if mask is None:
-            return functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
-        seen = mask[:, None, None, :]
-        if is_causal:
-            seen = seen & seen.new_ones(query.shape[2], query.shape[2]).tril()
-        # A row without any key would be NaN, in the gradient too: it sees all, and its output is dropped.
-        none = ~seen.any(-1, keepdim=True)
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen | none, dropout_p=dropout)
-        return out.masked_fill(none, 0.0)
+        seen = None if mask is None else mask[:, None]
+        return masked_attention(query, key, value, seen, is_causal=is_causal, dropout=dropout)
