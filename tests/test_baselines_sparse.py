@@ -322,6 +322,29 @@ def test_memory_is_linear(kind):
     assert found[1] < 2.1 * found[0]
 
 
+class Named(TorchDispatchMode):
+    """Counts operations whose name begins with one of some words."""
+
+    def __init__(self, *words):
+        super().__init__()
+        self.words, self.found = words, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        if name.startswith(self.words):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_reformer_moves_tokens_by_permutations_alone():
+    """Sums into places would be sorted on a GPU; there are the two sorts of hashing, however many rounds."""
+    q, k, v = tokens(61, dtype=torch.float32, grad=True)
+    module = make(Reformer, num_hashes=3).train()
+    with Named("index_put", "_index_put", "index_add", "index_copy", "scatter", "sort", "argsort", "topk") as moves:
+        module(q, k, v, ragged(61)).sum().backward()
+    assert moves.found == ["sort", "sort"]
+
+
 @every
 def test_randomness_is_the_seed_and_survives_a_reload(kind):
     inputs = tokens(60)

@@ -6,14 +6,13 @@ e value dim.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from spectraformer.attention import random_feature_attention
 from spectraformer.checks import require_integer
 from spectraformer.features import FeatureMap
+from spectraformer.ops.rows import select_rows
 
 
 def packed_random_feature_attention(
@@ -136,28 +135,9 @@ class _Places:
 
     def unpack(self, x: Tensor) -> Tensor:  # (tokens, h, d) -> (b, h, longest, d)
         """One sequence beside the other; padding holds other tokens and is not to be read."""
-        chosen: Tensor = _Select.apply(x, self.packed, self.padded)  # type: ignore[no-untyped-call]
+        chosen = select_rows(x, self.packed, self.padded)
         return chosen.view(self.sequences, self.longest, *x.shape[1:]).transpose(1, 2)
 
     def pack(self, x: Tensor) -> Tensor:  # (b, h, longest, d) -> (tokens, h, d)
         """The real tokens, one sequence after the other."""
-        chosen: Tensor = _Select.apply(x.transpose(1, 2).flatten(0, 1), self.padded, None)  # type: ignore[no-untyped-call]
-        return chosen
-
-
-class _Select(torch.autograd.Function):
-    """Rows by number. Its gradient is a choice of rows too, where torch's would add them up one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, inverse)
-        ctx.size = x.shape[0]
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, inverse = ctx.saved_tensors
-        if inverse is not None:
-            return grad.index_select(0, inverse), None, None
-        # Every packed token stands at one place of the padded batch; the others are padding.
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy(0, rows, grad), None, None
+        return select_rows(x.transpose(1, 2).flatten(0, 1), self.padded)

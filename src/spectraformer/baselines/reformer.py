@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from spectraformer.baselines.base import Baseline
 from spectraformer.checks import check_dropout, require_integer
+from spectraformer.ops.rows import select_rows
 
 MOST_ROTATED = 128  # more buckets than this are pairs of two hashes: directions to compare with grow as sqrt(n), not n
 SELF = -1e5  # the score of a token with itself (Appendix A): it counts only where nothing else is seen
@@ -99,57 +100,90 @@ class Reformer(Baseline):
     ) -> Tensor:
         """Attention output, (b, h, n, e)."""
         length, size, dtype = query.shape[2], self.chunk_size, value.dtype
-        x = query.to(torch.promote_types(query.dtype, torch.float32))
-        value = value.to(x.dtype)
-        buckets = self._hash(x.detach())  # (r, b, h, n)
+        precise = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+        buckets = self._hash(query.detach().to(precise))  # (r, b, h, n)
         if mask is not None:
             buckets = buckets.masked_fill(~mask[:, None, :], self.num_buckets)
         behind = -length % size
         buckets = functional.pad(buckets, (0, behind), value=self.num_buckets)
-        x, value = (functional.pad(tokens, (0, 0, 0, behind)) for tokens in (x, value))
+        tokens = functional.pad(torch.cat((query, value), -1), (0, 0, 0, behind))
         order = buckets.argsort(stable=True, dim=-1)  # (r, b, h, n): which token stands at a place
         place = order.argsort(-1)  # its inverse
-        rounds = [
-            self._attend_round(number, x, value, buckets, place // size, order[number])
-            for number in range(self.num_hashes)
-        ]
-        out = torch.stack([out.take_along_dim(place[r, ..., None], 2) for r, (out, _) in enumerate(rounds)])
-        log_total = torch.stack([total.take_along_dim(place[r], 2) for r, (_, total) in enumerate(rounds)])
-        merged = (out * log_total.softmax(0).unsqueeze(-1)).sum(0)
+        codes = self._codes(buckets, place)
+        # Tokens of all sequences and heads are rows of one matrix.
+        start = torch.arange(0, tokens.shape[:3].numel(), tokens.shape[2], device=query.device)
+        start = start.view(*tokens.shape[:2], 1)
+        rounds = []
+        for number in range(self.num_hashes):
+            there, back = ((x[number] + start).flatten() for x in (order, place))
+            queries, values = torch.tensor_split(
+                select_rows(tokens.flatten(0, 2), there, back).view(tokens.shape).to(precise), [query.shape[3]], -1
+            )
+            bias = self._bias(number, order[number], buckets, codes, precise)
+            out, log_total = self._attend_round(queries, values, bias)
+            found = torch.cat((out.to(precise), log_total.unsqueeze(-1)), -1)
+            rounds.append(select_rows(found.flatten(0, 2), back, there).view(found.shape))
+        together = torch.stack(rounds)
+        merged = (together[..., :-1] * together[..., -1:].softmax(0)).sum(0)
         return merged[:, :, :length].to(dtype)
+
+    def _codes(
+        self,
+        buckets: Tensor,  # (r, b, h, n)
+        place: Tensor,  # (r, b, h, n)
+    ) -> Tensor:
+        """Numbers, (r, b, h, n), that are equal in one bucket and chunk, and one less in the chunk before."""
+        return buckets * (buckets.shape[-1] // self.chunk_size + 1) + place // self.chunk_size
+
+    @torch.no_grad()
+    def _bias(
+        self,
+        number: int,
+        order: Tensor,  # (b, h, n)
+        buckets: Tensor,  # (r, b, h, n)
+        codes: Tensor,  # (r, b, h, n)
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """What is added to the scores of a round, (b, h, chunks, m, 2 m).
+
+        Minus the logarithm of how many rounds see the pair, -inf if this one does not; :data:`SELF` for a token with
+        itself.
+        """
+
+        def pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # (b, h, n) -> (b, h, chunks, m, 1), (b, h, chunks, 1, 2 m)
+            chunks = torch.unflatten(x.take_along_dim(order, 2), 2, (-1, self.chunk_size)).unsqueeze(-1)
+            return chunks, _with_previous(chunks, -2).mT
+
+        bias = torch.zeros((), dtype=dtype, device=order.device)
+        repeats = torch.zeros((), dtype=torch.uint8, device=order.device)
+        for other in range(self.num_hashes):
+            if other != number:
+                of_query, of_key = pairs(codes[other])
+                repeats = repeats + ((of_query == of_key) | (of_query == of_key + 1))
+        for count in range(1, self.num_hashes):
+            bias = torch.where(repeats == count, -math.log(1 + count), bias)
+        of_query, of_key = pairs(buckets[number])
+        bias = torch.where(of_query == of_key, bias, -math.inf)
+        bias.diagonal(self.chunk_size, -2, -1).fill_(SELF)
+        return bias
 
     def _attend_round(
         self,
-        number: int,
-        x: Tensor,  # (b, h, n, d)
-        value: Tensor,  # (b, h, n, e)
-        buckets: Tensor,  # (r, b, h, n)
-        chunks: Tensor,  # (r, b, h, n)
-        order: Tensor,  # (b, h, n)
+        queries: Tensor,  # (b, h, n, d)
+        values: Tensor,  # (b, h, n, e)
+        bias: Tensor,  # (b, h, chunks, m, 2 m)
     ) -> tuple[Tensor, Tensor]:
         """Output (b, h, n, e) and logarithm of its normaliser (b, h, n) of one round, in the round's order."""
         into = (-1, self.chunk_size)
-        queries = x.take_along_dim(order.unsqueeze(-1), 2)
         keys = _with_previous(torch.unflatten(functional.normalize(queries, dim=-1), 2, into), 0.0)
-        values = _with_previous(torch.unflatten(value.take_along_dim(order.unsqueeze(-1), 2), 2, into), 0.0)
-        scores = (torch.unflatten(queries, 2, into) @ keys.mT).to(x.dtype)  # (b, h, chunks, m, 2 m)
-        seen = torch.zeros_like(scores, dtype=torch.bool)
-        times = torch.zeros_like(scores)
-        for other in range(self.num_hashes):
-            # Chunks and buckets of another round, in the order of this one.
-            bucket = torch.unflatten(buckets[other].take_along_dim(order, 2), 2, into).unsqueeze(-1)
-            chunk = torch.unflatten(chunks[other].take_along_dim(order, 2), 2, into).unsqueeze(-1)
-            key_bucket, key_chunk = _with_previous(bucket, -1).mT, _with_previous(chunk, -1).mT
-            together = (bucket == key_bucket) & (key_chunk <= chunk) & (key_chunk >= chunk - 1)
-            times = times + together
-            seen = together if other == number else seen
-        scores = (scores - times.clamp(min=1).log()).masked_fill(~seen, -math.inf)
-        token = torch.unflatten(order, 2, into).unsqueeze(-1)
-        scores = scores.masked_fill(token == _with_previous(token, -1).mT, SELF)
-        log_total = scores.logsumexp(-1)
-        weights = (scores - log_total.unsqueeze(-1)).exp()
-        out = functional.dropout(weights, self.dropout, self.training) @ values
-        return out.flatten(2, 3), log_total.flatten(2, 3)
+        values = _with_previous(torch.unflatten(values, 2, into), 0.0)
+        # In place: all but the product and the exponential is linear, and its gradient needs nothing.
+        scores = (torch.unflatten(queries, 2, into) @ keys.mT).to(bias.dtype).add_(bias)
+        top = scores.detach().amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out = functional.dropout(weights, self.dropout, self.training) @ values / total
+        return out.flatten(2, 3), (top + total.log()).flatten(2)
 
     @torch.no_grad()
     def _hash(
