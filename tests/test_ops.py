@@ -109,6 +109,38 @@ def test_merging_states_is_absorbing_all_keys(signed):
         torch.testing.assert_close(ops.readout(*query, state)[0], whole, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("signed_queries", [False, True])
+def test_signs_that_all_keys_share_are_signs_of_every_key(signed_queries):
+    log_q, sign_q = features(signed_queries)
+    log_k, _ = features(True, n=19, spread=20.0)
+    sign = torch.randn(1, 2, 1, 7, dtype=torch.float64).sign().expand(2, -1, -1, -1)
+    value = streaming.with_ones(torch.randn(2, 2, 19, 5, dtype=torch.float64))
+    found = []
+    for signs in (sign, sign.expand_as(log_k)):
+        inputs = [x.detach().requires_grad_() for x in (log_q, log_k, value)]
+        state = streaming.absorb(inputs[1], signs, inputs[2])
+        out, unsafe = streaming.readout(inputs[0], sign_q, state)
+        out.square().sum().backward()
+        found.append((*state, out, unsafe, *(x.grad for x in inputs)))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+    assert not found[0][1].allclose(streaming.absorb(log_k, None, value).sums)
+
+
+def test_guarded_denominators_take_no_gradient_from_their_guard():
+    log_q, log_k = features(False)[0].requires_grad_(), features(False, n=4)[0].repeat(1, 1, 2, 1)
+    value = streaming.with_ones(torch.randn(2, 2, 8, 5, dtype=torch.float64))
+    signs = torch.ones_like(log_k)
+    signs[:, :, 4:] = -1.0  # every denominator is the difference of equal sums
+    state = streaming.absorb(log_k, signs, value)
+    gradients = []
+    for sign_q in (None, torch.ones_like(log_q)):
+        out, unsafe = streaming.readout(log_q, sign_q, state)
+        assert unsafe.all()
+        gradients += torch.autograd.grad(out.sum(), log_q)
+    torch.testing.assert_close(*gradients)
+
+
 def pairwise_oracle(log_q, sign_q, log_k, sign_k, value):
     exponent = log_q.unsqueeze(-2) + log_k.unsqueeze(-3)
     exponent = exponent.masked_fill(~torch.ones(exponent.shape[-3:-1]).tril().bool().unsqueeze(-1), NEG)

@@ -14,7 +14,7 @@ from spectraformer.checks import require_integer
 
 def pseudo_inverse(
     matrix: Tensor,  # (..., m, m)
-    start: Tensor,  # (..., m, m)
+    start: Tensor,  # (..., m, m) or (m, m)
     iterations: int,
 ) -> Tensor:  # (..., m, m)
     r"""Moore-Penrose inverse of A by an iteration of the third order.
@@ -34,11 +34,16 @@ def pseudo_inverse(
         Nyströmformer (Xiong et al., 2021), arXiv 2102.03902, after Razavi et al. (2014).
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    inverse = start
+    # In terms of -Z: signs, factors and identities are part of the products, not passes of their own, nor backward.
+    shape = matrix.shape
+    matrix, negative = (x.expand(shape).reshape(-1, *shape[-2:]) for x in (matrix, -start))
     for _ in range(iterations):
-        product = matrix @ inverse
-        inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
-    return inverse
+        product = matrix @ negative
+        series = torch.add(1.75 * identity, product, alpha=0.25)
+        series = torch.baddbmm(3.75 * identity, product, series)
+        series = torch.baddbmm(3.25 * identity, product, series)
+        negative = negative @ series
+    return -negative.view(shape)
 
 
 def count_real(

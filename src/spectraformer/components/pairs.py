@@ -24,7 +24,7 @@ class Features(NamedTuple):
     """Explicit features ``sign * exp(log)``; ``log`` may end in 1 where a token's features share it."""
 
     log: Tensor  # (b, h, n, f | 1)
-    sign: Tensor | None  # (b, h, n, f); None where every feature is positive
+    sign: Tensor | None  # (b, h, n, f), n = 1 where all tokens share it; None where every feature is positive
 
     def dense(self) -> Tensor:
         """Phi itself, (b, h, n, f); may overflow where exp(log) does."""
@@ -180,7 +180,8 @@ class Signed:
             shape = self.query.shape[:3]
             log = log.reshape(*shape, log.shape[-1]) + self.query_bias().unsqueeze(-1)
             query = Features(log, None if sign is None else sign.reshape(*shape, sign.shape[-1]))
-            return query, self._key_block(slice(None))
+            log, sign = self._key_block(slice(None))
+            return query, Features(log, None if sign is None else sign.expand(*log.shape[:3], -1))
 
     def _key_block(self, block: slice) -> Features:
         log, sign = self.key_features(self.key[:, :, block])
@@ -266,7 +267,7 @@ def with_signs(pair: Exponential, projection: Projection, copies: int = 1) -> Ex
 
     def key_features(y: Tensor) -> Features:
         log = pair.key_logits(y)
-        return Features(log, sign.to(log.dtype).expand(log.shape))
+        return Features(log, sign.to(log.dtype).expand(*log.shape[:2], 1, -1))
 
     dtype = ops.compute_dtype(pair.query, pair.key)
     return Signed(

@@ -62,12 +62,18 @@ def _signed(scale: Tensor, sign: Tensor | None) -> Tensor:
 
 def absorb(
     log_key: Tensor,  # (b, h, s, f|1)
-    sign_key: Tensor | None,  # (b, h, s, f)
+    sign_key: Tensor | None,  # (b, h, s | 1, f)
     value: Tensor,  # (b, h, s, e + 1)
 ) -> AttentionState:
     """The state of a block of keys and values."""
     log_scale = log_key.detach().amax(dim=-2)
-    phi = _signed((log_key - _finite(log_scale).unsqueeze(-2)).exp_(), sign_key)
+    phi = (log_key - _finite(log_scale).unsqueeze(-2)).exp_()
+    if sign_key is not None and sign_key.shape[-2] == 1:
+        # Signs of features alone, whatever the key: they go to the sums, whose last column is the magnitude without.
+        sums = phi.mT @ value
+        signed = sums * sign_key.mT
+        return AttentionState(log_scale, signed, sums.detach()[..., -1].expand(signed.shape[:-1]))
+    phi = _signed(phi, sign_key)
     return AttentionState(log_scale, phi.mT @ value, None if sign_key is None else phi.detach().abs().sum(-2))
 
 
@@ -107,9 +113,16 @@ def readout(
         Output, (b, h, n, e), 0 where the state is empty; and for signed features which denominators were
         unsafe, (b, h, n) bool.
     """
-    phi = _query_features(log_query, sign_query, state.log_scale)
-    magnitude = None if state.magnitude is None else phi.detach().abs() @ state.magnitude.unsqueeze(-1)
-    return _divide(phi @ state.sums, magnitude)
+    if state.magnitude is None:
+        return _divide(_query_features(log_query, sign_query, state.log_scale) @ state.sums, None)
+    magnitude = state.magnitude.unsqueeze(-1)
+    # A factor of all features of a query cancels, in the gradient too: with their sum at 1 it is one pass, not three.
+    phi = (log_query + _finite(state.log_scale).unsqueeze(-2)).softmax(-1)
+    if sign_query is None:
+        sums, magnitude = torch.tensor_split(phi @ torch.cat((state.sums, magnitude), -1), [-1], -1)
+        return _divide(sums, magnitude.detach())
+    phi = phi * sign_query
+    return _divide(phi @ state.sums, phi.detach().abs() @ magnitude)
 
 
 def _query_features(log_query: Tensor, sign_query: Tensor | None, log_scale: Tensor) -> Tensor:
@@ -123,7 +136,7 @@ def advance(
     log_query: Tensor,  # (b * h, g * c, f|1), the chunk's queries
     sign_query: Tensor | None,  # (b * h, g * c, f)
     log_key: Tensor,  # (b * h, c, f|1), the chunk's keys
-    sign_key: Tensor | None,  # (b * h, c, f)
+    sign_key: Tensor | None,  # (b * h, c | 1, f)
     value: Tensor,  # (b * h, c, e + 1)
     state: AttentionState,  # of (b * h)
 ) -> tuple[Tensor, Tensor | None, AttentionState]:
