@@ -259,7 +259,9 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 @GPU
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["posrf-orf", "skyformer", "softmax"])
+@pytest.mark.parametrize(
+    "attention", ["posrf-orf", "posrf-sgq", "skyformer", "softmax", "nystrom", "informer", "reformer", "bigbird"]
+)
 def test_on_a_gpu_stopped_and_resumed_is_bitwise_the_same(dataset, tmp_path, attention):
     run = small_run(attention, steps=60, eval_every=25)
     listener = Listener()
