@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,14 +15,15 @@ import pytest
 import torch
 from rich.console import Console
 
+import fake_gpus
 from spectraformer import records
 from spectraformer.config import Run
 from spectraformer.records import SHARED
 from spectraformer.sweep import claims as claims_module
-from spectraformer.sweep import ledger, presets
+from spectraformer.sweep import ledger, local, presets
 from spectraformer.sweep import progress as progress_module
 from spectraformer.sweep.claims import Claims, Vacancy
-from spectraformer.sweep.command import planned_runs, sweep
+from spectraformer.sweep.command import _devices, planned_runs, sweep
 from spectraformer.sweep.ledger import FAILURE, SweepError
 from spectraformer.sweep.progress import Progress, clock
 from spectraformer.sweep.worker import Worker
@@ -101,6 +103,23 @@ def test_the_example_is_a_sweep():
     assert len(plan) > 4 and {run.train.batch_size for run in plan} == {8} and all(isinstance(run, Run) for run in plan)
 
 
+def test_the_sweep_of_the_paper_goes_on_from_the_results_there_are():
+    plan = planned_runs(str(ROOT / "benchmarks" / "paper_sweep.py"), {}, {"train.precision": "bfloat16"})
+    first = [run for run in plan if run.train.seed == 0]
+    assert {(run.task, run.attention.name) for run in first} == {
+        (t, a) for t in ("text", "listops") for a in presets.PAPER
+    }
+    further = {(run.task, run.attention.name, run.train.seed) for run in plan if run.train.seed}
+    judged = ("softmax", "posrf-orf", "oprf-orf", "oprf-fastfoodl", "nystrom")
+    assert further == {(t, a, seed) for t in ("text", "listops") for a in judged for seed in (1, 2)}
+    assert len(plan) == len(first) + len(further) == 70 and {run.train.steps for run in plan} == {10_000}
+    assert plan[-1].attention.name == "reformer" and {run.attention.name for run in plan[-8:-2]} == {
+        f"{component}-sgq" for component in ("oprf", "posrf", "saderf")
+    }
+    finished, _ = records.find_records([ROOT / "results" / "runs_h200"])
+    assert finished and {record.run for record in finished} <= {*plan}, "their directories have the same names"
+
+
 # -- the command -------------------------------------------------------------------------------------------
 
 FILE = """
@@ -144,6 +163,46 @@ def test_the_same_table_by_one_process_and_by_several(ask):
     assert "6 done" in ask(seeds=3, dry_run=True, runs=Path("several"))
     assert all((path.parent / SHARED).exists() for path in Path("several").glob("*/result.json"))
     assert not list(Path("runs").glob(f"*/{SHARED}"))
+
+
+def test_workers_are_spread_over_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    every, second = torch.device("cuda"), torch.device("cuda:1")
+    assert _devices(every, None) == ["cuda:0", "cuda:1"], "one each"
+    assert _devices(every, 1) == ["cuda:0"] and _devices(every, 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert _devices(second, None) == ["cuda:1"] and _devices(second, 2) == ["cuda:1", "cuda:1"]
+    assert _devices(CPU, None) == ["cpu"] and _devices(CPU, 2) == ["cpu", "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "visible", "expected"),
+    [
+        (None, None, [("0", False), ("1", False)]),
+        (3, "GPU-5, GPU-7", [("GPU-5", True), ("GPU-5", True), ("GPU-7", False)]),
+    ],
+)
+def test_each_worker_sees_its_own_gpu_and_those_who_share_one_are_untimed(
+    ask, tmp_path, monkeypatch, workers, visible, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(local, "serve", fake_gpus.serve)
+    monkeypatch.delenv(fake_gpus.VISIBLE, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(fake_gpus.VISIBLE, visible)
+    ask(device="auto", workers=workers, seeds=3)
+    assert os.environ.get(fake_gpus.VISIBLE) == visible, "this process sees what it saw"
+    seen = [json.loads(path.read_text()) for path in tmp_path.glob("seen.*.json")]
+    assert sorted((found["visible"], found["shared"]) for found in seen) == expected
+    assert {found["device"] for found in seen} == {"cuda:0"}
+    found, _ = records.find_records([Path("runs")])
+    assert len(found) == 6
+    for record in found:
+        untimed = (record.path / SHARED).exists()
+        assert [record.content[name] is None for name in records.MEASURED] == [untimed] * len(records.MEASURED)
+    if workers is None:
+        assert not list(Path("runs").glob(f"*/{SHARED}"))
 
 
 @pytest.mark.slow

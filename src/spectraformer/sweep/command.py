@@ -53,7 +53,7 @@ def sweep(
     set: Annotated[tuple[str, ...], _option("NAME=VALUE", "any other setting, of every run: train.batch_size=16")] = (),
     engine: Annotated[str, _option("NAME", "local, or ray on the cluster of RAY_ADDRESS or here", "local")] = "local",
     device: Device = "auto",
-    workers: Annotated[int | None, _option("N", "runs at once, one a GPU or several", "1; ray: what fits")] = None,
+    workers: Annotated[int | None, _option("N", "runs at once", "one a GPU, or 1; ray: what fits")] = None,
     gpus_per_run: Annotated[float | None, _option("X", "of ray; below 1 they share, untimed", "1 if any")] = None,
     threads: Annotated[int | None, _option("N", "CPU threads of each run", "torch's choice")] = None,
     retry: Annotated[bool, arg(help="try failed runs again")] = False,
@@ -90,19 +90,14 @@ def sweep(
     with Progress(OUT, entries, claims) as progress:
         if share is not None:
             ray_engine.run_ray(entries, runs, gpus_per_run=share, workers=workers, threads=threads, note=progress.note)
-        elif (workers or 1) == 1:
+        elif len(devices := _devices(place, workers)) == 1:
             if threads is not None:
                 torch.set_num_threads(threads)
-            if device == "auto" and place.type == "cuda" and (count := torch.cuda.device_count()) > 1:
-                progress.note(f"this machine has {count} GPUs; --workers {count} uses all of them")
             Worker(claims, place, shared=False).work(entries)
         else:
-            assert workers is not None
-            devices = _devices(device, place, workers)
-            alone = len({*devices}) == workers
             if threads is None and place.type == "cpu":
-                threads = max(1, torch.get_num_threads() // workers)
-            run_workers(entries, runs, devices, shared=not alone, threads=threads, note=progress.note)
+                threads = max(1, torch.get_num_threads() // len(devices))
+            run_workers(entries, runs, devices, threads=threads, note=progress.note)
     _conclude(entries, claims, runs)
 
 
@@ -172,11 +167,12 @@ def _gpus_per_run(given: float | None, device: str) -> float:
     return given if given is not None else float(have >= 1 and device == "auto")
 
 
-def _devices(device: str, place: torch.device, workers: int) -> list[str]:
-    """The device of each worker: all GPUs in turn, unless one device is named."""
-    if place.type == "cpu" or ":" in device:
-        return [str(place)] * workers
-    return [f"cuda:{worker % torch.cuda.device_count()}" for worker in range(workers)]
+def _devices(place: torch.device, workers: int | None) -> list[str]:
+    """The device of each worker: all GPUs in turn, unless one device is named; by default one worker each."""
+    every = [str(place)]
+    if place.type == "cuda" and place.index is None:
+        every = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [every[worker % len(every)] for worker in range(workers or len(every))]
 
 
 def _list(plan: Sequence[Run], entries: Sequence[Entry], runs: Path) -> None:

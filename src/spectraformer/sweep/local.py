@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -23,6 +24,7 @@ GRACE_SECONDS = 120.0
 TAIL_LINES = 15
 STARTS = 10
 RESTART_SECONDS = 0.5
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 # What takes seconds to import, once for all workers where they can be forked from a process that has it.
 PRELOAD = ["__main__", "spectraformer.sweep.worker", "torch._dynamo", "torch.utils.tensorboard"]
 
@@ -30,7 +32,7 @@ PRELOAD = ["__main__", "spectraformer.sweep.worker", "torch._dynamo", "torch.uti
 @dataclass
 class _Child:
     process: BaseProcess
-    job: str
+    device: str
     log: Path
 
     def said(self) -> list[str]:
@@ -42,17 +44,17 @@ def run_workers(
     runs: Path,
     devices: Sequence[str],
     *,
-    shared: bool,
     threads: int | None,
     note: Callable[[str], None],
 ) -> None:
-    """Works on runs by one process a device named; a device may be named more than once.
+    """Works on runs by one process a device named.
+
+    A GPU is the only one that its process sees. Runs on a device that is named more than once share it, untimed.
 
     Args:
         entries: The runs, in order of value.
         runs: Where runs are.
         devices: Of the processes.
-        shared: More than one process is on a device.
         threads: CPU threads of each; None for torch's choice.
         note: Told what a person should know.
 
@@ -63,23 +65,26 @@ def run_workers(
     with tempfile.TemporaryDirectory() as logs:
         context, started = _context(devices), 0
 
-        def start(job: str) -> _Child:
+        def start(device: str) -> _Child:
             nonlocal started
             started += 1
             log = Path(logs) / f"{started}"
-            for _ in range(STARTS):
-                process = context.Process(target=serve, args=(job, str(log)), daemon=True)
-                # The process that workers are forked from may have died; it is started anew at the next try.
-                with suppress(EOFError, ConnectionError):
-                    process.start()
-                    return _Child(process, job, log)
-                time.sleep(RESTART_SECONDS)
+            shared = devices.count(device) > 1
+            with _seen_alone(device) as seen:
+                text = job(entries, runs, seen, shared, threads)
+                for _ in range(STARTS):
+                    process = context.Process(target=serve, args=(text, str(log)), daemon=True)
+                    # The process that workers are forked from may have died; it is started anew at the next try.
+                    with suppress(EOFError, ConnectionError):
+                        process.start()
+                        return _Child(process, device, log)
+                    time.sleep(RESTART_SECONDS)
             raise SweepError(f"no worker could be started in {STARTS} tries")
 
         children: list[_Child] = []
         try:
             for device in devices:
-                children.append(start(job(entries, runs, device, shared, threads)))
+                children.append(start(device))
             while children:
                 time.sleep(LOOK_SECONDS)
                 for child in list(children):
@@ -89,13 +94,34 @@ def run_workers(
                     children.remove(child)
                     if status < 0 or status == BROKEN_STATUS or status > 128:
                         note(f"a worker died ({_cause(status, child)}); another takes its place")
-                        children.append(start(child.job))
+                        children.append(start(child.device))
                     elif status > 0:
                         note("\n".join(["a worker broke, and is not replaced:", *child.said()[-TAIL_LINES:]]))
                         if not children:
                             raise SweepError("every worker broke; what they said stands above")
         finally:
             _stop(children)
+
+
+@contextmanager
+def _seen_alone(device: str) -> Iterator[str]:
+    """Processes that are started in the block see one GPU, under the name given here; nothing changes on a CPU.
+
+    A process then has no context on another's GPU, and finds kernels that were compiled for another.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        yield device
+        return
+    before = os.environ.get(VISIBLE)
+    os.environ[VISIBLE] = before.split(",")[int(number or 0)].strip() if before else number or "0"
+    try:
+        yield "cuda:0"
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
 
 
 def _context(devices: Sequence[str]) -> ForkServerContext | SpawnContext:
