@@ -152,6 +152,13 @@ def test_latex_is_whole():
     assert escape_latex("a_b & 5 %\n<") == r"a\_b \& 5 \% \textless{}"
 
 
+def test_decimal_points_stand_below_one_another_in_print():
+    records = [*seeds("softmax", [0.40, 0.42]), make_record("image", "a", test=0.5), make_record("text", "a", test=0.7)]
+    accuracy, time, _ = latex([board_of(*records, make_record("image", "b", speed=1.0))]).split(r"\end{table}")[:3]
+    assert r"41.00 $\pm$ 1.41 &" in accuracy and r"\textbf{50.00}\phantom{ $\pm$ 1.41} &" in accuracy
+    assert r"0.500\phantom{" not in time and r"b & -- & 10.0\phantom{00}" in time, "dashes stay as they are"
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on PATH to compile the table with")
 def test_latex_compiles(tmp_path):
     body = latex([board_of(*seven_records()[:4], make_record("listops", HOSTILE))])

@@ -2,6 +2,7 @@ r"""Leaderboards as LaTeX, for a paper that uses the booktabs package."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from spectraformer.report.leaderboard import Leaderboard, Table, tables
@@ -44,10 +45,12 @@ def latex(boards: Sequence[Leaderboard]) -> str:
 
 def _environment(board: Leaderboard, table: Table, label: str) -> str:
     caption = f"{table.title}, {board.protocol} protocol. {' '.join(table.notes)}".strip()
+    columns = list(zip(*table.lines, strict=True))
     lines = [
         r"\begin{table}",
         r"  \centering",
         r"  \small",
+        r"  \setlength{\abovecaptionskip}{0pt}\setlength{\belowcaptionskip}{6pt}% a caption above its table",
         rf"  \caption{{{escape_latex(caption)}}}",
         rf"  \label{{tab:{''.join(c for c in label if c.isalnum() or c == '-')}}}",
         rf"  \begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
@@ -55,10 +58,22 @@ def _environment(board: Leaderboard, table: Table, label: str) -> str:
         f"    {' & '.join(map(escape_latex, table.columns))} \\\\",
         r"    \midrule",
     ]
-    for texts, best in zip(table.lines, table.best, strict=True):
+    padded = zip(*(_padding(column) if j else [""] * len(column) for j, column in enumerate(columns)), strict=True)
+    for texts, best, pads in zip(table.lines, table.best, padded, strict=True):
         shown = [_bold(escape_latex(text)) if j in best else escape_latex(text) for j, text in enumerate(texts)]
-        lines.append(f"    {' & '.join(shown)} \\\\")
+        lines.append(f"    {' & '.join(map(''.join, zip(shown, pads, strict=True)))} \\\\")
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
+
+
+def _padding(texts: Sequence[str]) -> list[str]:
+    """What follows each text of a column, unseen, so that decimal points stand below one another."""
+    tails = [found[0] if (found := re.search(r"\..*", text)) else "" for text in texts]
+    longest = max(tails, key=len)
+    pads = [
+        escape_latex(longest[len(tail) :]) if text[:1].isdigit() else ""
+        for text, tail in zip(texts, tails, strict=True)
+    ]
+    return [rf"\phantom{{{pad}}}" if pad else "" for pad in pads]
 
 
 def _bold(text: str) -> str:
