@@ -1,6 +1,6 @@
 """Everything the README says of attention on a GPU, measured by one call that needs no command-line packages.
 
-Run: PYTHONPATH=src python3 benchmarks/attention_gpu.py attention_h200.json [main long causal compiled]
+Run: PYTHONPATH=src python3 benchmarks/attention_gpu.py attention_h200.json [main long causal fla compiled flex]
 
 Parts are measured in the order given, all of them by default; the file is written anew after each length.
 """
@@ -34,31 +34,27 @@ PARTS = {
             causal=(True,),
             competitors=("posrf-orf", "oprf-orf", "sdpa-cudnn"),
         ),
-        # fla searches for tile shapes at every new shape.
-        Suite(
-            shapes=((64, 128), (128, 256)),
-            lengths=(8192,),
-            modes=("forward",),
-            causal=(True,),
-            competitors=("posrf-orf", "fla"),
-        ),
-        Suite(lengths=(8192,), modes=BOTH[1:], causal=(True,), competitors=("posrf-orf", "sdpa-cudnn", "fla")),
+        Suite(lengths=(8192,), modes=BOTH[1:], causal=(True,), competitors=("posrf-orf", "sdpa-cudnn")),
+    ],
+    # It searches for tile shapes at every new shape.
+    "fla": [
+        Suite(lengths=(8192,), modes=BOTH[:1], causal=(True,), competitors=("posrf-orf", "fla")),
+        Suite(lengths=(8192,), modes=BOTH[1:], causal=(True,), competitors=("posrf-orf", "fla")),
+        Suite(shapes=((128, 256),), lengths=(8192,), modes=BOTH[:1], causal=(True,), competitors=("posrf-orf", "fla")),
     ],
     # Compilers take most of the time here.
     "compiled": [
+        Suite(shapes=SHAPES, lengths=(8192,), modes=BOTH[:1], competitors=("posrf-orf", "torch-compile")),
+        Suite(lengths=(8192,), modes=BOTH[1:], competitors=("posrf-orf", "torch-compile")),
+    ],
+    "flex": [
         Suite(
             shapes=((64, 128), (128, 256)),
             lengths=(8192,),
-            modes=("forward",),
-            competitors=("posrf-orf", "torch-compile", "flex-attention"),
+            modes=BOTH[:1],
+            competitors=("posrf-orf", "flex-attention"),
         ),
-        Suite(lengths=(8192,), modes=BOTH[1:], competitors=("posrf-orf", "torch-compile", "flex-attention")),
-        Suite(
-            shapes=((64, 256), (32, 128)),
-            lengths=(8192,),
-            modes=("forward",),
-            competitors=("posrf-orf", "torch-compile"),
-        ),
+        Suite(lengths=(8192,), modes=BOTH[1:], competitors=("posrf-orf", "flex-attention")),
     ],
 }
 

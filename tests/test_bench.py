@@ -1,6 +1,7 @@
 """Measuring attention: nothing wrong is timed, what fails is a row, and the record says all of it."""
 
 import json
+import threading
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectraformer.bench import autotuning
 from spectraformer.bench.attention import Suite, failures_of_ours, run_attention_bench
 from spectraformer.bench.command import bench, parse_shape
 from spectraformer.bench.competitors import COMPETITORS, Built, materialised_features, omega_of, two_softmaxes
@@ -137,6 +139,31 @@ def test_the_form_of_flex_attention_is_the_same_attention():
     inputs = given.inputs(128, 0)
     found = largest_error(lambda q, k, v: two_softmaxes(q, k, v, omega), reference, inputs, most_rows=128)
     assert found["output"] < 1e-5
+
+
+def test_what_triton_searches_is_compiled_at_once(monkeypatch):
+    """Two compilations wait for one another; one after the other, they would wait for ever."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.runtime._async_compile import active_mode
+    from triton.runtime.autotuner import Autotuner, Config
+
+    both, compiled, launched = threading.Barrier(2, timeout=30), [], []
+
+    class Kernel:
+        fn = staticmethod(lambda x: None)
+
+        def warmup(self, x, *, grid, width, **options):
+            active_mode.get().submit(width, both.wait, lambda kernel: compiled.append(width))
+
+        def run(self, x, *, grid, warmup, width, **options):
+            launched.append(width)
+
+    tuner = Autotuner(Kernel(), ["x"], [Config({"width": 1}), Config({"width": 2})], ["x"], None, None)
+    before = Autotuner.run
+    monkeypatch.setattr(Autotuner, "_bench", lambda self, *x, config, **options: config.kwargs["width"])
+    with autotuning.compiled_at_once():
+        tuner.run(3, grid=(1,), warmup=False)
+    assert sorted(compiled) == [1, 2] and launched == [1] and Autotuner.run is before
 
 
 def test_features_for_tokens_first_are_the_same_features():

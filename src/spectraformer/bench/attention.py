@@ -337,7 +337,7 @@ def _line(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _versions(device: torch.device) -> dict[str, str]:
     found = records.versions()
-    for package in ("performer-pytorch", "flash-linear-attention"):
+    for package in ("performer-pytorch", "flash-linear-attention", "fla-core"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
