@@ -1,4 +1,4 @@
-"""Two processes train as one: on the CPU, by gloo, started as torchrun starts them."""
+"""Two processes train as one: on the CPU by gloo, started as torchrun starts them; on two GPUs by NCCL and torchrun."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import torch
 
 from small_runs import prepared, small_run
 from spectraformer import distributed, records
+from spectraformer import train as training
 from spectraformer.checkpoint import load_tensors
 from spectraformer.distributed import ALONE, Group, join, own_device
 from spectraformer.evaluation import resolve_device
@@ -84,6 +85,35 @@ distributed.leave()
 """
 
 
+GPU_PROGRAM = """
+import json, os, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from small_runs import small_run
+from spectraformer import distributed, train as training
+from spectraformer.tasks.dataset import open_dataset
+from spectraformer.train import train
+from spectraformer.watch import Silent
+
+training.compile_stretches = lambda encoder, rehearse: None  # would take minutes, and exchanges nothing
+root = pathlib.Path(sys.argv[2])
+notes = []
+
+class Listener(Silent):
+    def note(self, text):
+        notes.append(text)
+
+for name, settings in json.loads(sys.argv[3]).items():
+    record = train(small_run(**settings), open_dataset(root / "data"), root / name, watcher=Listener())
+seen = {"device": record.content["device"], "own": distributed.own_device("auto"), "notes": notes}
+(root / f"seen.{os.environ['RANK']}.json").write_text(json.dumps(seen))
+distributed.leave()
+"""
+ON_GPUS = {
+    name: {"attention": name, "model": {"dropout": 0.0}, "precision": "float32", "accumulate": parts}
+    for name, parts in (("posrf-orf", 1), ("oprf-orf", 4))
+}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Where two processes trained."""
@@ -127,8 +157,10 @@ def result(path):
 )
 def test_two_processes_end_where_one_does(root, tmp_path, name, run):
     """Up to the order of sums: the same batches, the same W, the same mean over the batch."""
-    two = result(root / name)
-    one = train(run, prepared(tmp_path / "data"), tmp_path / "runs", device="cpu")
+    same_end(result(root / name), train(run, prepared(tmp_path / "data"), tmp_path / "runs", device="cpu"))
+
+
+def same_end(two, one):
     assert two.content["key"] == one.content["key"]
     ours, theirs = (load_tensors(record.path / records.MODEL) for record in (two, one))
     for key, x in theirs.items():
@@ -137,6 +169,36 @@ def test_two_processes_end_where_one_does(root, tmp_path, name, run):
         assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
         assert mine["dev_loss"] == pytest.approx(other["dev_loss"], rel=1e-4)
     assert two.content["accuracy"] == pytest.approx(one.content["accuracy"], abs=0.021)
+
+
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory):
+    """Where two processes trained, each on a GPU of its own."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 CUDA devices; there are {torch.cuda.device_count()}")
+    path = tmp_path_factory.mktemp("gpus")
+    prepared(path / "data")
+    (path / "program.py").write_text(GPU_PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    command = [*launcher, str(path / "program.py"), str(Path(__file__).parent), str(path), json.dumps(ON_GPUS)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    return path
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_two_gpus_end_where_one_does(on_gpus, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(training, "compile_stretches", lambda encoder, rehearse: None)
+    one = train(small_run(**ON_GPUS[name]), prepared(tmp_path / "data"), tmp_path / "runs", device="cuda")
+    same_end(result(on_gpus / name), one)
+
+
+@pytest.mark.gpu
+def test_each_process_has_its_gpu_and_records_its_steps(on_gpus):
+    seen = [json.loads((on_gpus / f"seen.{rank}.json").read_text()) for rank in range(PROCESSES)]
+    assert [x["own"] for x in seen] == ["cuda:0", "cuda:1"] and all(x["device"].endswith(" x 2") for x in seen)
+    assert [x["notes"] for x in seen] == [[], []], "sums over the processes are in the recording"
 
 
 def test_all_processes_return_the_one_record(found):

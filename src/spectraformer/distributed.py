@@ -6,6 +6,7 @@ the parts are added up in one all-reduce a step, so that all processes take the 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,7 @@ def is_started_in_a_group() -> bool:
 def leave() -> None:
     """Ends the group, if this process is in one."""
     if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # NCCL waits for recorded steps, which hold its communicator
         distributed.destroy_process_group()
 
 
