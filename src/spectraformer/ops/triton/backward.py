@@ -16,15 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.configurations import Configuration, choose, split
-from spectraformer.ops.triton.key_backward import key_backward_kernel
+from spectraformer.ops.triton.key_backward import key_gradient_kernel, key_landmark_gradient_kernel
 from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
 from spectraformer.ops.triton.query_backward import (
     landmark_gradient_kernel,
-    query_backward_kernel,
+    landmark_sums_kernel,
     query_gradient_kernel,
 )
 
-KEY_GRADIENTS = ("grad_key", "grad_value", "grad_key_bias", "grad_key_landmarks", "grad_key_quadratic")
+# Head dim up to which the gradients of keys and values stay in registers side by side.
+MOST_TOGETHER = 64
 
 
 class Wanted(NamedTuple):
@@ -104,139 +105,139 @@ def plan_backward(
     # float16 would lose small probabilities and overflow with a scaled loss; its exponent range is too short here.
     product = tl.float32 if key.dtype == torch.float32 else tl.bfloat16
 
-    def compile_time(chosen: Configuration, *, resident: bool = False) -> dict[str, Any]:
-        return constants(chosen, m, d, e, precision, resident=resident) | {"PRODUCT": product}
+    def compile_time(chosen: Configuration, tokens: int, *, resident: bool = False) -> dict[str, Any]:
+        found = constants(chosen, m, d, e, precision, resident=resident)
+        return found | {"PRODUCT": product, "EVEN": tokens % chosen.tokens == 0}
 
-    chosen = configuration("queries_backward" if wanted.query_landmarks else "queries_backward_frozen")
-    blocks = -(-m // chosen.landmarks)
-    padded = blocks * chosen.landmarks
-    pieces, span = split(n, b * query_heads * blocks, chosen)
     grad_query, grad_key, grad_value = new(b, query_heads, n, d), new(b, h, s, d), new(b, h, s, e)
-    partial_value = floats(b * query_heads, pieces, padded, e)
-    partial_log_sum = floats(b * query_heads, pieces, padded)
-    grad_query_landmarks = floats(b, h, groups * pieces, padded, d) if wanted.query_landmarks else None
+    grad_landmark_value, grad_log_sum, sum_inner = floats(b, h, m, e), floats(b, h, m), floats(b, h, m)
+    inner = floats(b * query_heads, n)
     of_queries = {
         "query": query,
-        "out": out,
         "grad": grad,
         "query_landmarks": query_landmarks,
         "landmark_bias": landmark_bias,
         "landmark_value": landmark_value,
         "log_sum": log_sum,
         "query_log_sum": query_log_sum,
+        "inner": inner,
         **strides(query=query, grad=grad, query_landmarks=query_landmarks, landmark_bias=landmark_bias),
         "heads": h,
         "groups": groups,
         "n": n,
         "m_padded": log_sum.shape[-1],
     }
+    chosen = configuration("landmark_sums_learned" if wanted.query_landmarks else "landmark_sums")
+    blocks = -(-m // chosen.landmarks)
+    padded = blocks * chosen.landmarks
+    pieces, span = split(n, b * query_heads * blocks, chosen)
+    partial_value = floats(b * query_heads, pieces, padded, e)
+    partial_inner = floats(b * query_heads, pieces, padded)
+    grad_query_landmarks = floats(b, h, groups * pieces, padded, d) if wanted.query_landmarks else None
+    filled = {
+        "out": out,
+        "grad_landmark_value": partial_value,
+        "sum_inner": partial_inner,
+        "grad_query_landmarks": grad_query_landmarks,
+        "span": span,
+        "pieces": pieces,
+    }
     launches = [
         Launch(
-            query_backward_kernel,
+            landmark_sums_kernel,
             b * query_heads * pieces * blocks,
-            of_queries
-            | {
-                "grad_query": grad_query if blocks == 1 else None,
-                "grad_landmark_value": partial_value,
-                "grad_log_sum": partial_log_sum,
-                "grad_query_landmarks": grad_query_landmarks,
-                "span": span,
-                "pieces": pieces,
-            },
-            compile_time(chosen),
+            of_queries | filled,
+            compile_time(chosen, n),
             chosen.warps,
-        )
-    ]
-    if blocks > 1:
-        tokens = configuration("queries_backward_tokens")
-        token_pieces, token_span = split(n, b * query_heads, tokens)
-        launches.append(
-            Launch(
-                query_gradient_kernel,
-                b * query_heads * token_pieces,
-                of_queries | {"grad_query": grad_query, "span": token_span, "pieces": token_pieces},
-                compile_time(tokens, resident=True),
-                tokens.warps,
-            )
-        )
-
-    grad_landmark_value, grad_log_sum = floats(b, h, m, e), floats(b, h, m)
-    shift = floats(b, h, m)
-    launches.append(
+            chosen.registers,
+        ),
         Launch(
             landmark_gradient_kernel,
             b * h * -(-m // 16),
             {
                 "partial_value": partial_value,
-                "partial_log_sum": partial_log_sum,
+                "partial_inner": partial_inner,
                 "landmark_value": landmark_value,
                 "grad_landmark_value": grad_landmark_value,
                 "grad_log_sum": grad_log_sum,
-                "shift": shift,
+                "sum_inner": sum_inner,
                 "pieces": groups * pieces,
                 "m_padded": padded,
                 "m_padded_forward": log_sum.shape[-1],
             },
             {"M": m, "E": e, "E_PADDED": padded_dim(e), "ROWS": 16},
             4,
-        )
-    )
-
-    chosen = configuration("keys_backward")
-    together = chosen.landmarks >= m
-    grad_key_bias = floats(b, h, s) if wanted.key_bias else None
-    grad_key_landmarks = grad_key_quadratic = None
-
-    def of_keys(name: str, parts: int, **filled: Tensor | None) -> Launch:
-        chosen, nothing = configuration(name), dict.fromkeys(KEY_GRADIENTS)
-        return Launch(
-            key_backward_kernel,
-            b * h * pieces * parts,
-            {
-                "key": key,
-                "value": value,
-                "key_landmarks": key_landmarks,
-                "key_bias": key_bias,
-                "key_quadratic": key_quadratic,
-                "log_sum": log_sum,
-                "grad_landmark_value": grad_landmark_value,
-                "shift": shift,
-                **nothing,
-                **filled,
-                **strides(key=key, value=value, key_landmarks=key_landmarks, key_bias=key_bias),
-                **strides(key_quadratic=key_quadratic),
-                "heads": h,
-                "s": s,
-                "span": span,
-                "pieces": pieces,
-                "m_padded_forward": log_sum.shape[-1],
-            },
-            compile_time(chosen, resident=True) | {"PARTS": parts} | ({"RESIDENT": True} if parts > 1 else {}),
-            chosen.warps,
-        )
-
-    pieces, span = split(s, b * h, chosen)
-    if wanted.key_quadratic:
-        grad_key_quadratic = floats(b, h, pieces, d)
-    if wanted.key_landmarks and together:
-        grad_key_landmarks = floats(b, h, pieces, chosen.landmarks, d)
+        ),
+    ]
+    chosen = configuration("queries_backward")
+    pieces, span = split(n, b * query_heads, chosen)
     launches.append(
-        of_keys(
-            "keys_backward",
-            1,
-            grad_key=grad_key,
-            grad_value=grad_value,
-            grad_key_bias=grad_key_bias,
-            grad_key_quadratic=grad_key_quadratic,
-            grad_key_landmarks=grad_key_landmarks,
+        Launch(
+            query_gradient_kernel,
+            b * query_heads * pieces,
+            of_queries | {"grad_query": grad_query, "span": span, "pieces": pieces},
+            compile_time(chosen, n, resident=True),
+            chosen.warps,
+            chosen.registers,
         )
     )
-    if wanted.key_landmarks and not together:
-        chosen = configuration("keys_backward_landmarks")
+
+    of_keys = {
+        "key": key,
+        "value": value,
+        "key_landmarks": key_landmarks,
+        "key_bias": key_bias,
+        "key_quadratic": key_quadratic,
+        "log_sum": log_sum,
+        "grad_landmark_value": grad_landmark_value,
+        "sum_inner": sum_inner,
+        **strides(key=key, value=value, key_landmarks=key_landmarks, key_bias=key_bias, key_quadratic=key_quadratic),
+        "heads": h,
+        "s": s,
+        "m_padded_forward": log_sum.shape[-1],
+    }
+    pieces, _ = split(s, b * h, configuration("keys_backward"))
+    grad_key_bias = floats(b, h, s) if wanted.key_bias else None
+    grad_key_quadratic = floats(b, h, pieces, d) if wanted.key_quadratic else None
+    of_key: dict[str, Tensor | None] = {
+        "grad_key": grad_key,
+        "grad_key_bias": grad_key_bias,
+        "grad_key_quadratic": grad_key_quadratic,
+    }
+    of_value: dict[str, Tensor | None] = {"grad_value": grad_value}
+    together = max(d, e) <= MOST_TOGETHER
+    for name, filled in (
+        ("keys_backward", of_key | of_value if together else of_key),
+        *(() if together else (("values_backward", of_value),)),
+    ):
+        chosen = configuration(name)
+        pieces, span = split(s, b * h, chosen)
+        launches.append(
+            Launch(
+                key_gradient_kernel,
+                b * h * pieces,
+                of_keys | dict.fromkeys((*of_key, *of_value)) | filled | {"span": span, "pieces": pieces},
+                compile_time(chosen, s, resident=True),
+                chosen.warps,
+                chosen.registers,
+            )
+        )
+    grad_key_landmarks = None
+    if wanted.key_landmarks:
+        chosen = configuration("keys_backward_learned")
         blocks = -(-m // chosen.landmarks)
         pieces, span = split(s, b * h * blocks, chosen)
         grad_key_landmarks = floats(b, h, pieces, blocks * chosen.landmarks, d)
-        launches.append(of_keys("keys_backward_landmarks", blocks, grad_key_landmarks=grad_key_landmarks))
+        launches.append(
+            Launch(
+                key_landmark_gradient_kernel,
+                b * h * pieces * blocks,
+                of_keys | {"grad_key_landmarks": grad_key_landmarks, "span": span, "pieces": pieces},
+                compile_time(chosen, s),
+                chosen.warps,
+                chosen.registers,
+            )
+        )
     return launches, Gradients(
         grad_query,
         grad_key,

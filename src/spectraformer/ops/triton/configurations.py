@@ -14,11 +14,12 @@ import torch
 PASSES = (
     "keys",
     "queries",
+    "landmark_sums",  # over queries, for gradients
+    "landmark_sums_learned",  # with the gradient of landmarks that queries see
     "queries_backward",
-    "queries_backward_frozen",  # landmarks of queries take no gradient
-    "queries_backward_tokens",  # gradients of queries, where landmarks are cut into blocks
-    "keys_backward",
-    "keys_backward_landmarks",  # gradients of landmarks, where they are cut into blocks
+    "keys_backward",  # of values too, for narrow heads
+    "values_backward",
+    "keys_backward_learned",  # the gradient of landmarks that keys see
 )
 HEAD_DIMS = (32, 64, 128, 256)
 LANDMARKS = (64, 128, 256)
@@ -52,43 +53,45 @@ def bucket(size: int, limits: tuple[int, ...]) -> int:
 
 
 def _sixteen_bit(d: int, m: int) -> dict[str, Configuration]:
-    """Measured on an H200 for head dim 64, m 128, and queries at m 256; the rest read off the compiler for sm_90.
-
-    Four warps instead of eight keep a little outside registers and are faster nevertheless.
-    """
+    """Measured on an H200 for (d, m) of (32, 128), (64, 128), (64, 256) and (128, 256); the rest read off these."""
     block = min(m, 128)
-    warps = 4 if block == 64 else 8
+    warps, registers = (8, 128) if block == 128 else (4, 168)
     if d == 256:
         few = Configuration(64, 32, 4, 1, resident=m == 64)
-        return {
+        return dict.fromkeys(PASSES, few) | {
             "keys": Configuration(64, 64, 4, 2),
             "queries": Configuration(64, 64, 4, 1, resident=m <= 128),
-            "queries_backward": few,
-            "queries_backward_frozen": few,
-            "queries_backward_tokens": few,
-            "keys_backward": few,
-            "keys_backward_landmarks": few,
         }
-    wide = d == 128
+    if d == 128:
+        return {
+            "keys": Configuration(block, 64, warps, 3),
+            "queries": Configuration(64, 64, 4, 3),
+            "landmark_sums": Configuration(block, 64, warps, 3),
+            "landmark_sums_learned": Configuration(block, 64, warps, 2),
+            "queries_backward": Configuration(block, 128, 8, 1),
+            "keys_backward": Configuration(64, 128, 8, 1, resident=m < 256),
+            "values_backward": Configuration(block, 128, 8, 2),
+            "keys_backward_learned": Configuration(64, 64, 4, 2),
+        }
     if m == 256:
-        queries = Configuration(64, 128, 8, 2) if wide else Configuration(block, 64, 4, 2)
-        backward = Configuration(block, 64, 8, 1) if wide else Configuration(256, 32, 8, 2)
-        frozen = backward
-        keys_backward = Configuration(block, 32, 8, 2) if wide else Configuration(block, 64, 8, 1)
-    else:
+        queries, of_queries = Configuration(block, 64, 4, 3), Configuration(block, 64, 4, 2)
+        of_keys = Configuration(64, 128, 8, 2)
+    elif d == 64:
         # 168 registers let three programs share a processor.
-        queries = Configuration(block, 64, 4, 2, 396, registers=None if wide else 168)
-        backward = Configuration(block, 64, warps, 1 if wide else 2)
-        frozen = Configuration(block, 64, 4, 1) if block == 128 and not wide else backward
-        keys_backward = Configuration(block, 64, warps, 1) if wide else Configuration(block, 64, 4, 2)
+        queries, of_queries = Configuration(block, 64, 4, 3, 396, registers=168), Configuration(block, 64, 4, 3)
+        of_keys = Configuration(block, 64, 4, 2)
+    else:
+        queries = Configuration(block, 64, 4, 3, 528, registers=128)
+        of_queries, of_keys = Configuration(block, 64, 4, 3, 396, registers=168), Configuration(block, 64, 4, 3)
     return {
-        "keys": Configuration(block, 64, warps, 3),
+        "keys": Configuration(block, 64, warps, 3, registers=registers),
         "queries": queries,
-        "queries_backward": backward,
-        "queries_backward_frozen": frozen,
-        "queries_backward_tokens": Configuration(block, 32 if wide else 64, warps, 2 if wide else 1),
-        "keys_backward": keys_backward,
-        "keys_backward_landmarks": Configuration(block, 64, warps, 1 if wide else 2),
+        "landmark_sums": Configuration(block, 64, warps, 3, registers=registers),
+        "landmark_sums_learned": Configuration(block, 64, warps, 2, registers=registers),
+        "queries_backward": of_queries,
+        "keys_backward": of_keys,
+        "values_backward": of_keys,
+        "keys_backward_learned": Configuration(block, 64, warps, 2, registers=registers),
     }
 
 
@@ -117,9 +120,9 @@ def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Conf
     table = THIRTY_TWO_BIT if dtype == torch.float32 else SIXTEEN_BIT
     d, m = bucket(head_dim, HEAD_DIMS), bucket(landmarks, LANDMARKS)
     chosen = table[d, m][name]
-    # Gradients of float16 take bfloat16 copies of landmarks beside them: no room is left for a pipeline.
+    # Gradients of float16 take bfloat16 copies of landmarks beside them: no room is left for all of both.
     if dtype == torch.float16 and (d, m) == (128, 256) and "backward" in name:
-        chosen = chosen._replace(stages=1)
+        chosen = chosen._replace(stages=1, resident=False)
     # More landmarks than the last bucket do not fit in shared memory together.
     return chosen._replace(resident=False) if landmarks > LANDMARKS[-1] else chosen
 

@@ -12,39 +12,128 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Sizes that must not compile a kernel anew when they change.
 SIZES = ("heads", "groups", "n", "s", "pieces", "key_pieces", "m_padded", "m_padded_forward")
 
+# Sums relative to a fixed reference are exact in between: what underflows, at 2^-126 a term, is below 2^-20 of them.
+LEAST_MASS = tl.constexpr(2.0**-80)
+MOST_MASS = tl.constexpr(2.0**100)
+# Stands for an exponent of -inf in products, where that would be inf - inf.
+NOTHING = tl.constexpr(-1e30)
+# Columns of the narrowest product.
+NARROW = tl.constexpr(16)
+
+
+@triton.jit
+def parts_of(x, DTYPE: tl.constexpr):
+    """Columns that add up to x beyond the precision of their dtype, (x, NARROW): an operand of a product."""
+    column = tl.arange(0, NARROW)[None, :]
+    first = x.to(DTYPE)
+    rest = x - first.to(tl.float32)
+    second = rest.to(DTYPE)
+    third = (rest - second.to(tl.float32)).to(DTYPE)
+    zero = tl.zeros((1, 1), DTYPE)
+    return tl.where(
+        column == 0,
+        first[:, None],
+        tl.where(column == 1, second[:, None], tl.where(column == 2, third[:, None], zero)),
+    )
+
+
+@triton.jit
+def exponent_parts(x, DTYPE: tl.constexpr):
+    """As parts_of, of exponents in units of log 2: to be added to a product in natural units."""
+    return parts_of(tl.where(x > NOTHING, x * (1.0 / LOG2_E), NOTHING), DTYPE)
+
 
 @triton.jit
 def load_tile(pointer, row, stride, rows, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a matrix with unit column stride, 0 outside; pointer is at row 0 of the tile."""
-    return load_rows(pointer, row, stride, row < rows, COLUMNS, PADDED)
+    """Rows of a matrix with unit column stride, 0 from ``rows`` on (None: all are there); pointer is at row 0."""
+    wanted = None
+    if rows is not None:
+        wanted = row < rows
+    return load_rows(pointer, row, stride, wanted, COLUMNS, PADDED)
 
 
 @triton.jit
 def load_rows(pointer, row, stride, wanted, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """As load_tile, 0 in rows that are not wanted, whatever they hold."""
+    """As load_tile, 0 in rows that are not wanted, whatever they hold; None wants all."""
     column = tl.arange(0, PADDED)
-    inside = wanted[:, None]
-    if COLUMNS != PADDED:
-        inside = inside & (column < COLUMNS)[None, :]
-    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    pointers = pointer + row[:, None] * stride + column[None, :]
+    if wanted is None:
+        if COLUMNS == PADDED:  # noqa: SIM108 - kernels have no conditional expressions of tensors
+            x = tl.load(pointers)
+        else:
+            x = tl.load(pointers, mask=(column < COLUMNS)[None, :], other=0.0)
+    elif COLUMNS == PADDED:
+        x = tl.load(pointers, mask=wanted[:, None], other=0.0)
+    else:
+        x = tl.load(pointers, mask=wanted[:, None] & (column < COLUMNS)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
 def store_tile(pointer, row, stride, rows, x, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
     """The inverse of load_tile."""
     column = tl.arange(0, PADDED)
-    inside = (row < rows)[:, None]
-    if COLUMNS != PADDED:
-        inside = inside & (column < COLUMNS)[None, :]
-    tl.store(pointer + row[:, None] * stride + column[None, :], x.to(pointer.dtype.element_ty), mask=inside)
+    pointers = pointer + row[:, None] * stride + column[None, :]
+    x = x.to(pointer.dtype.element_ty)
+    if rows is None:
+        if COLUMNS == PADDED:
+            tl.store(pointers, x)
+        else:
+            tl.store(pointers, x, mask=(column < COLUMNS)[None, :])
+    elif COLUMNS == PADDED:
+        tl.store(pointers, x, mask=(row < rows)[:, None])
+    else:
+        tl.store(pointers, x, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :])
+
+
+@triton.jit
+def load_vector(pointer, row, rows, other):
+    """One number a row, ``other`` from ``rows`` on (None: all are there)."""
+    if rows is None:  # noqa: SIM108
+        x = tl.load(pointer + row)
+    else:
+        x = tl.load(pointer + row, mask=row < rows, other=other)
+    return x
+
+
+@triton.jit
+def store_vector(pointer, row, rows, x):
+    """The inverse of load_vector."""
+    if rows is None:
+        tl.store(pointer + row, x)
+    else:
+        tl.store(pointer + row, x, mask=row < rows)
+
+
+@triton.jit
+def load_keys(
+    key, value, key_bias, key_quadratic, start, rows, key_row, value_row,
+    D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys, their values and log-weights (units of log 2), -inf from ``rows`` on and where removed."""
+    row = tl.arange(0, TOKENS)
+    offset = tl.cast(start, tl.int64)
+    bias = key_bias
+    if key_bias is not None:
+        bias = key_bias + start
+    if (key_bias is None) and (rows is None):
+        weight, present = tl.zeros((TOKENS,), tl.float32), None
+    else:
+        weight = load_key_bias(bias, row, rows)
+        # Not "> -inf": a NaN must show.
+        present = weight != float("-inf")
+    k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
+    v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
+    return k, v, key_log_weight(k, weight, key_quadratic, D, D_PADDED)
 
 
 @triton.jit
 def load_key_bias(key_bias, row, rows):
     """Bias of keys in units of log 2, -inf outside: where it is -inf, nothing of the key is to be read."""
-    bias = tl.where(row < rows, 0.0, float("-inf"))
-    if key_bias is not None:
-        bias = tl.load(key_bias + row, mask=row < rows, other=float("-inf")) * LOG2_E
+    if key_bias is None:
+        bias = tl.where(row < rows, 0.0, float("-inf"))
+    else:
+        bias = load_vector(key_bias, row, rows, float("-inf")) * LOG2_E
     return bias
 
 
@@ -85,7 +174,7 @@ def load_key_landmarks(
     key_landmarks,
     log_sum,
     grad_landmark_value,
-    shift,
+    sum_inner,
     key_landmarks_row,
     landmark,
     M: tl.constexpr,
@@ -94,11 +183,11 @@ def load_key_landmarks(
     D_PADDED: tl.constexpr,
     E_PADDED: tl.constexpr,
 ):
-    """Landmarks, gradients of their values, log-sum-exps (units of log 2; inf pads, for 0) and constants."""
+    """Landmarks, gradients of their values, log-sum-exps (units of log 2; inf pads, for 0) and sums c."""
     w = load_tile(key_landmarks, landmark, key_landmarks_row, M, D, D_PADDED)
     do = load_tile(grad_landmark_value, landmark, E, M, E, E_PADDED)
     normaliser = tl.load(log_sum + landmark, mask=landmark < M, other=float("inf"))
-    return w, do, normaliser, tl.load(shift + landmark, mask=landmark < M, other=0.0)
+    return w, do, normaliser, tl.load(sum_inner + landmark, mask=landmark < M, other=0.0)
 
 
 @triton.jit
