@@ -1,8 +1,8 @@
-"""The causal Triton kernels on a GPU: python benchmarks/causal_kernels_gpu.py [all|check|times|candidates].
+"""The causal Triton kernels on a GPU: python benchmarks/causal_kernels_gpu.py [all|check|times|forward|tiles [d,m]].
 
 check: outputs, states and gradients against plain torch in float64, relative in norm.
 times: ps = picoseconds per (token, head), medians of CUDA events at b h = 64, bfloat16; then steps of decoding.
-candidates: the sweeps with other tiles, at N = 8k.
+forward: times of the forward alone. tiles: every kernel with other tiles, at N = 8k.
 Kernels compile in processes side by side first, into Triton's cache on disk: that is most of the minute.
 """
 
@@ -15,7 +15,7 @@ import torch
 from spectraformer.ops import reference
 from spectraformer.ops.streaming import AttentionState, empty_state
 from spectraformer.ops.triton import causal
-from spectraformer.ops.triton.causal_backward import Wanted, plan_backward
+from spectraformer.ops.triton.causal_configurations import PASSES
 from spectraformer.ops.triton.causal_plan import plan_forward
 from spectraformer.ops.triton.configurations import Configuration
 
@@ -129,7 +129,7 @@ def median_ps(run, tokens, repeats=10):
     return ms[len(ms) // 2] * 1e9 / tokens
 
 
-def times():
+def times(forward_only=False):
     print(f"{'d,m':>8} {'N':>6} | {'fwd':>5} {'goal':>5} | {'f+b':>5} {'goal':>5} | {'f+b dW':>6} | ps of each kernel")
     for d, m in SHAPES:
         for n in (8192, 65536):
@@ -137,23 +137,24 @@ def times():
             with torch.no_grad():
                 operands, _ = operands_of(8, 8, 1, n, d, d, m, BFLOAT, {})
                 forward = median_ps(lambda x=operands: causal.causal_landmark_attention(*x), tokens)
-            operands, _ = operands_of(8, 8, 1, n, d, d, m, BFLOAT, {}, grad=True)
             grad = torch.randn_like(operands[2])
+            both = learned = float("nan")
+            if not forward_only:
+                operands, _ = operands_of(8, 8, 1, n, d, d, m, BFLOAT, {}, grad=True)
 
-            def step(x, grad=grad):
-                out, _ = causal.causal_landmark_attention(*x)
-                torch.autograd.grad(out, [y for y in x if y is not None and y.requires_grad], grad)
+                def step(x, grad=grad):
+                    out, _ = causal.causal_landmark_attention(*x)
+                    torch.autograd.grad(out, [y for y in x if y is not None and y.requires_grad], grad)
 
-            both = median_ps(lambda x=operands, f=step: f(x), tokens)
-            for x in operands[3:5]:
-                x.requires_grad_()
-            learned = median_ps(lambda x=operands, f=step: f(x), tokens)
+                both = median_ps(lambda x=operands, f=step: f(x), tokens)
+                for x in operands[3:5]:
+                    x.requires_grad_()
+                learned = median_ps(lambda x=operands, f=step: f(x), tokens)
             each = {}
-            if n == 8192:
-                operands = [None if x is None else x.detach() for x in operands]
-                for launch in launches_of(operands, grad):
-                    name = launch.kernel.__name__.removesuffix("_kernel") + "'" * launch.constants.get("CAREFUL", 0)
-                    each[name] = each.get(name, 0) + round(median_ps(launch.run, tokens))
+            operands = [None if x is None else x.detach() for x in operands]
+            for launch in launches_of(operands, None if forward_only else grad):
+                name = launch.kernel.__name__.removesuffix("_kernel")
+                each[name] = each.get(name, 0) + round(median_ps(launch.run, tokens))
             goal = GOALS[d, m]
             print(
                 f"{d:>4},{m:<3} {n:>6} | {forward:5.0f} {goal:5} | {both:5.0f} {3.5 * goal:5.0f} | {learned:6.0f} | "
@@ -165,9 +166,12 @@ def times():
 def launches_of(operands, grad, configurations=None):
     options = {"precision": "tf32x3", "configurations": configurations}
     launches, (out, log_scale, _, *kept) = plan_forward(*operands, None, None, needs_backward=True, **options)
-    wanted = Wanted(*[False] * 6)
-    backward, _ = plan_backward(grad, None, *operands, None, None, out, log_scale, *kept, wanted=wanted, **options)
-    launches = launches + backward
+    if grad is not None:
+        from spectraformer.ops.triton.causal_backward import Wanted, plan_backward
+
+        wanted = Wanted(*[False] * 6)
+        backward, _ = plan_backward(grad, None, *operands, None, None, out, log_scale, *kept, wanted=wanted, **options)
+        launches = launches + backward
     for launch in launches:
         launch.run()
     return launches
@@ -191,52 +195,67 @@ def decode():
             )
 
 
-def candidates():
-    tried = {
-        64: ((128, 64, 4, 1), (128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2), (128, 32, 4, 2)),
-        32: ((128, 64, 4, 1), (128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2)),
-        128: ((128, 64, 8, 1), (128, 64, 8, 2), (64, 64, 4, 1), (64, 64, 4, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
-    }
-    for d, m in SHAPES:
-        operands, _ = operands_of(8, 8, 1, 8192, d, d, m, BFLOAT, {})
-        grad = torch.randn_like(operands[2])
-        for tile in tried[d]:
-            chosen = {
-                x: Configuration(*tile, 264 if tile[2] == 4 else 132) for x in ("sweep", "sweep_queries", "sweep_keys")
+TILES = [
+    Configuration(block, tokens, warps, 1, registers=registers)
+    for tokens in (64, 128)
+    for block, warps in ((64, 4), (128, 4), (64, 8), (128, 8))
+    for registers in (None, 128, 168)
+    if not (registers == 168 and warps == 8) and block * tokens <= 4096 * warps
+]
+
+
+def tiles(d, m):
+    """ps of every kernel with one tile for all of them, at N = 8k."""
+    operands, _ = operands_of(8, 8, 1, 8192, d, d, m, BFLOAT, {})
+    grad = torch.randn_like(operands[2])
+    for tile in TILES:
+        try:
+            found = {
+                x.kernel.__name__.removesuffix("_kernel"): round(median_ps(x.run, 64 * 8192, 5))
+                for x in launches_of(operands, grad, dict.fromkeys(PASSES, tile))
+                if "chunk" in x.kernel.__name__ or "scan" in x.kernel.__name__
             }
-            try:
-                found = {
-                    x.kernel.__name__.removesuffix("_kernel"): round(median_ps(x.run, 64 * 8192, 5))
-                    for x in launches_of(operands, grad, chosen)
-                    if not x.constants.get("CAREFUL")
-                }
-                print(d, m, tile, found, flush=True)
-            except Exception as error:
-                print(d, m, tile, type(error).__name__, str(error)[:80], flush=True)
+            print(d, m, tile[:4], tile.registers, found, flush=True)
+        except Exception as error:
+            print(d, m, tile[:4], tile.registers, type(error).__name__, str(error)[:80], flush=True)
 
 
 def warm(name):
-    """Compile what one shape or check takes."""
+    """Compile what one shape, check or tile takes."""
     if name in CHECKS:
         check(name, CHECKS[name])
         return
-    d, m, learned = map(int, name.split(","))
-    operands, _ = operands_of(8, 8, 1, 8192, d, d, m, BFLOAT, {}, grad=True)
-    for x in operands[3:5] if learned else []:
+    d, m, what, *tile = name.split(",")
+    operands, _ = operands_of(8, 8, 1, 8192, int(d), int(d), int(m), BFLOAT, {}, grad=what in "01")
+    if what == "tile":
+        launches_of(operands, operands[2], dict.fromkeys(PASSES, TILES[int(tile[0])]))
+        return
+    with torch.no_grad():
+        causal.causal_landmark_attention(*operands)
+    if what == "forward":
+        launches_of(operands, None)
+        return
+    for x in operands[3:5] if what == "1" else []:
         x.requires_grad_()
     out, _ = causal.causal_landmark_attention(*operands)
     torch.autograd.grad(out, [x for x in operands if x is not None and x.requires_grad], torch.randn_like(out))
-    if not learned:
-        with torch.no_grad():
-            causal.causal_landmark_attention(*operands)
 
 
-def main(what):
+def main(what, *shapes):
     started = time.time()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
-    names = [f"{d},{m},{dw}" for d, m in SHAPES for dw in (0, 1)] if what in ("all", "times") else []
-    names += [x for x in CHECKS if what in ("all", "check")]
-    running = [subprocess.Popen([sys.executable, __file__, "warm", x], stdout=subprocess.DEVNULL) for x in names]
+    shapes = [tuple(map(int, x.split(","))) for x in shapes] or SHAPES[:1]
+    names = {
+        "all": [f"{d},{m},{dw}" for d, m in SHAPES for dw in (0, 1)] + list(CHECKS),
+        "check": list(CHECKS),
+        "times": [f"{d},{m},{dw}" for d, m in SHAPES for dw in (0, 1)],
+        "forward": [f"{d},{m},forward" for d, m in SHAPES],
+        "tiles": [f"{d},{m},tile,{i}" for d, m in shapes for i in range(len(TILES))],
+    }[what]
+    running = [
+        subprocess.Popen([sys.executable, __file__, "warm", x], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for x in names
+    ]
     for process in running:
         process.wait()
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
@@ -248,11 +267,13 @@ def main(what):
             except Exception as error:
                 good = False
                 print(f"FAIL {name:32} {type(error).__name__}: {str(error)[:200]}", flush=True)
-    if what in ("all", "times"):
-        times()
+    if what in ("all", "times", "forward"):
+        times(what == "forward")
+    if what == "all":
         decode()
-    if what == "candidates":
-        candidates()
+    if what == "tiles":
+        for shape in shapes:
+            tiles(*shape)
     print(f"{'all good' if good else 'FAILURES'}, {time.time() - started:.0f} s")
     sys.exit(not good)
 
@@ -261,4 +282,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["warm"]:
         warm(sys.argv[2])
     else:
-        main(sys.argv[1] if len(sys.argv) > 1 else "all")
+        main(*sys.argv[1:] or ["all"])

@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-call,no-any-return"
-r"""Causal landmark attention on a GPU: chunks in order, the state in registers, segments of a sequence side by side.
+r"""Causal landmark attention on a GPU: states of chunks, a scan over them, then all chunks side by side.
 
 What holds for any finite input:
 
 - The output of a query depends on its own past alone: changing later tokens changes no bit of it, except where a logit
-  of a later key of the same segment rises by more than 62 (natural units) above the log-sum-exp of its landmark's past;
-  then the segment is computed token by token there, and earlier outputs keep their value up to rounding.
+  of a later key of the same chunk rises by more than 62 (natural units) above the log-sum-exp of its landmark's keys
+  before the chunk; then the chunk is computed another way, and earlier outputs keep their value up to rounding.
 - No chunk underflows or overflows, however norms grow along the sequence: the reference of features is the past of the
   chunk, so every denominator is at least 1, and what is lost is below 2^-21 of it (see ``causal_tiles.SUDDEN``).
 - Every sum is taken in an order that depends on shapes alone: the same bits at every run.
@@ -165,11 +165,11 @@ def _empty_state(key: Tensor, value: Tensor, landmarks: Tensor) -> AttentionStat
 
 LIBRARY.define(
     f"causal_landmark_attention({OPERANDS}, {STATE}, bool needs_backward, str precision) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     f"causal_landmark_attention_backward(Tensor grad, Tensor? grad_sums, {OPERANDS}, {STATE}, Tensor out, "
-    "Tensor log_scale_after, Tensor query_log_sum, Tensor entering_mean, Tensor entering_total, Tensor entering_peak, "
+    "Tensor log_scale_after, Tensor query_log_sum, Tensor entering_mean, Tensor log_sum, Tensor first, Tensor steepest, "
     "bool[] wanted, str precision) -> Tensor[]"
 )
 LIBRARY.define(f"landmark_attention_step({OPERANDS}, {STATE}) -> (Tensor, Tensor, Tensor)")
@@ -188,25 +188,25 @@ def _plan_forward(operands: Any, needs_backward: bool, precision: str) -> Any:
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    from spectraformer.ops.triton.causal_configurations import cut
+    from spectraformer.ops.triton.causal_plan import cut, state_dtype
 
     query, key, value, landmarks = arguments[:4]
-    state, needs_backward = arguments[8], arguments[INPUTS]
+    needs_backward = arguments[INPUTS]
     (b, h, n, _), e, m = key.shape, value.shape[-1], landmarks.shape[-2]
-    count = cut(key, value, m).number
+    found = cut(key, value, m)
 
-    def floats(*shape: int, wanted: bool = True) -> Tensor:
-        return query.new_empty(shape if wanted else (0,), dtype=torch.float32)
+    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return query.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    enters = needs_backward and (count > 1 or state is not None)
     return (
         query.new_empty(*query.shape[:3], e),
-        floats(b, h, m),
-        floats(b, h, m, e + 1),
-        floats(b * query.shape[1], n, wanted=needs_backward),
-        floats(b * h, count, m, e, wanted=enters),
-        floats(b * h, count, m, wanted=enters),
-        floats(b * h, count, m, wanted=enters),
+        new(b, h, m),
+        new(b, h, m, e + 1),
+        new(b * query.shape[1], n, wanted=needs_backward),
+        new(b * h, found.chunks, m, e, wanted=needs_backward, dtype=state_dtype(key.dtype)),
+        new(b * h, found.chunks + 1, m, wanted=needs_backward),
+        new(b * h, found.chunks, m, wanted=needs_backward),
+        new(b * h, found.chunks + 1, found.row_blocks, wanted=needs_backward),
     )
 
 

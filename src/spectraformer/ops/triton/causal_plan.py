@@ -9,17 +9,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectraformer.ops.triton.causal_configurations import choose, segments
-from spectraformer.ops.triton.causal_forward import sweep_kernel
-from spectraformer.ops.triton.causal_states import combine_kernel, scan_kernel, state_kernel
+from spectraformer.ops.triton.causal_chunks import chunk_state_kernel, round_kernel
+from spectraformer.ops.triton.causal_configurations import choose
+from spectraformer.ops.triton.causal_forward import chunk_output_kernel
+from spectraformer.ops.triton.causal_scan import scan_kernel
+from spectraformer.ops.triton.causal_steep import steep_output_kernel
 from spectraformer.ops.triton.configurations import Configuration
 from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
 
-# Landmarks of a program that merges states; tokens of one that adds up blocks of landmarks.
-ROWS = 16
+# Elements of a tile of a scan, 8 a thread; chunks it loads ahead.
+SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 1024, 4, 4
+# Programs of a head that look for steep chunks, and the tile of queries they work on.
+SPREAD, STEEP_TILE, STEEP_WARPS = 16, 4096, 8
 
 
 class Forward(NamedTuple):
@@ -28,16 +33,128 @@ class Forward(NamedTuple):
     out: Tensor  # (b, h g, n, e)
     log_scale: Tensor  # (b, h, m) float32, after the last key
     sums: Tensor  # (b, h, m, e + 1) float32, likewise
-    query_log_sum: Tensor  # (b h g, n) float32, units of log 2; empty unless needed backward
-    entering_mean: Tensor  # (b h, segments, m, e) float32; empty where nothing enters
-    entering_total: Tensor  # (b h, segments, m) float32
-    entering_peak: Tensor  # (b h, segments, m) float32, units of log 2
+    query_log_sum: Tensor  # (b h g, n) float32, units of log 2; this and what follows empty unless needed backward
+    entering_mean: Tensor  # (b h, chunks, m, e), bfloat16 for inputs of 16 bits
+    log_sum: Tensor  # (b h, chunks + 1, m) float32, units of log 2
+    first: Tensor  # (b h, chunks, m) float32, units of log 2
+    steepest: Tensor  # (b h, chunks + 1, row blocks) float32, units of log 2
 
 
-def compile_time(chosen: Configuration, m: int, d: int, e: int, precision: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments of a pass; features need the exponents of bfloat16, float16 has too few."""
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of features and means of states: they need the exponents of bfloat16, float16 has too few."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
+class Cut(NamedTuple):
+    """How a call is cut into programs."""
+
+    configurations: dict[str, Configuration]
+    chunk: int
+    chunks: int
+    rows: int  # landmarks of a tile of a scan
+    columns: int  # its value dims
+    row_blocks: int
+    column_blocks: int
+
+
+def cut(key: Tensor, value: Tensor, landmarks: int, given: dict[str, Configuration] | None = None) -> Cut:
+    """How a call with these keys and values is cut, by shapes alone.
+
+    Args:
+        key: Keys.
+        value: Values.
+        landmarks: Number of landmarks m.
+        given: Configurations by name of pass, in place of the table's; all of one chunk.
+    """
+    from spectraformer.ops.triton.causal_configurations import PASSES
+
+    n, d, e = key.shape[2], key.shape[3], value.shape[-1]
+    chosen = {x: choose(x, key.dtype, max(d, e), landmarks) for x in PASSES} | (given or {})
+    chunk = chosen[PASSES[0]].tokens
+    columns = min(padded_dim(e), 64)
+    rows = SCAN_TILE // columns
+    return Cut(chosen, chunk, -(-n // chunk), rows, columns, -(-landmarks // rows), -(-e // columns))
+
+
+def launch_of(
+    kernel: Any,
+    programs: int,
+    arguments: dict[str, Any],
+    fixed: dict[str, Any],
+    warps: int,
+    registers: int | None = None,
+) -> Launch:
+    """A launch with what the kernel takes of all there is."""
+    names = kernel.arg_names
+    return Launch(
+        kernel,
+        programs,
+        {name: arguments[name] for name in names if name in arguments},
+        {name: fixed[name] for name in names if name in fixed},
+        warps,
+        registers,
+    )
+
+
+def compile_time(
+    chosen: Configuration, found: Cut, m: int, d: int, e: int, precision: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Compile-time arguments of every kernel."""
     product = tl.float32 if dtype == torch.float32 else tl.bfloat16
-    return constants(chosen, m, d, e, precision) | {"PRODUCT": product}
+    # A tile of steep chunks is of float32 and read without a pipeline.
+    queries = max(16, min(found.chunk, STEEP_TILE // max(found.chunk, padded_dim(d), padded_dim(e))))
+    return constants(chosen, m, d, e, precision) | {
+        "PRODUCT": product,
+        "ROWS": found.rows,
+        "COLUMNS": found.columns,
+        "ROW_BLOCKS": found.row_blocks,
+        "ROW_BLOCKS_PADDED": triton.next_power_of_2(found.row_blocks),
+        "COLUMN_BLOCKS": found.column_blocks,
+        "QUERIES": queries,
+    }
+
+
+def rounded(landmarks: Tensor, dtype: torch.dtype, name: str) -> tuple[Launch, dict[str, Any]]:
+    """What makes landmarks dense and of the dtype of the keys, and the arguments they become."""
+    b, h, m, d = landmarks.shape
+    dense = landmarks.new_empty(landmarks.shape, dtype=dtype)
+    rows = max(1, 2048 // padded_dim(d))
+    found = strides(landmarks=landmarks)
+    launch = Launch(
+        round_kernel,
+        b * h * -(-m // rows),
+        {"landmarks": landmarks, "rounded": dense, "heads": h}
+        | {x: found[f"landmarks_{x}"] for x in ("batch", "head", "row")},
+        {"M": m, "D": d, "D_PADDED": padded_dim(d), "ROWS": rows},
+        4,
+    )
+    return launch, {name: dense} | {x: y for x, y in strides(**{name: dense}).items() if not x.endswith("_row")}
+
+
+def of_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    landmark_bias: Tensor,
+    key_bias: Tensor | None,
+    key_quadratic: Tensor | None,
+    found: Cut,
+) -> tuple[list[Launch], dict[str, Any]]:
+    """What rounds the landmarks, and the arguments that kernels of both directions take."""
+    first, of_query_landmarks = rounded(query_landmarks, key.dtype, "query_landmarks")
+    second, of_key_landmarks = rounded(key_landmarks, key.dtype, "key_landmarks")
+    operands = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "landmark_bias": landmark_bias,
+        "key_bias": key_bias,
+        "key_quadratic": key_quadratic,
+    }
+    sizes = {"heads": key.shape[1], "groups": query.shape[1] // key.shape[1], "n": key.shape[2], "chunks": found.chunks}
+    return [first, second], operands | strides(**operands) | of_query_landmarks | of_key_landmarks | sizes
 
 
 def plan_forward(
@@ -74,118 +191,60 @@ def plan_forward(
         configurations: By name of pass, in place of the table's.
     """
     b, h, n, d = key.shape
-    query_heads = query.shape[1]
-    groups = query_heads // h
-    e, m = value.shape[-1], query_landmarks.shape[-2]
-    new = query.new_empty
+    query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
+    found = cut(key, value, m, configurations)
+    chunks = found.chunks
 
     def floats(*shape: int) -> Tensor:
-        return new(shape, dtype=torch.float32)
+        return query.new_empty(shape, dtype=torch.float32)
 
-    def configuration(name: str) -> Configuration:
-        return (configurations or {}).get(name) or choose(name, key.dtype, max(d, e), m)
+    def states() -> Tensor:
+        return query.new_empty((b * h, chunks, m, e), dtype=state_dtype(key.dtype))
 
-    states, sweep = configuration("states"), configuration("sweep")
-    blocks = -(-m // sweep.landmarks)
-    cut = segments(n, b * h * blocks, sweep, states)
-    of_keys = {
-        "key": key,
-        "value": value,
-        "key_landmarks": key_landmarks,
-        "key_bias": key_bias,
-        "key_quadratic": key_quadratic,
-        **strides(key=key, value=value, key_landmarks=key_landmarks, key_bias=key_bias, key_quadratic=key_quadratic),
-        "heads": h,
-        "n": n,
-    }
-    launches = []
-    part: dict[str, Tensor | None] = dict.fromkeys(("part_mean", "part_total", "part_peak"))
-    if cut.number > 1:
-        pieces = (cut.number - 1) * cut.parts
-        part = {
-            "part_mean": floats(b * h, pieces, m, e),
-            "part_total": floats(b * h, pieces, m),
-            "part_peak": floats(b * h, pieces, m),
-        }
-        launches.append(
-            Launch(
-                state_kernel,
-                b * h * pieces * -(-m // states.landmarks),
-                of_keys | part | {"span": cut.span // cut.parts, "pieces": pieces},
-                compile_time(states, m, d, e, precision, key.dtype),
-                states.warps,
-            )
-        )
-    entering: dict[str, Tensor | None] = dict.fromkeys(("entering_mean", "entering_total", "entering_peak"))
-    if cut.number > 1 or log_scale is not None:
-        entering = {
-            "entering_mean": floats(b * h, cut.number, m, e),
-            "entering_total": floats(b * h, cut.number, m),
-            "entering_peak": floats(b * h, cut.number, m),
-        }
-        # A row of the last dimension of log_scale is a landmark: strides() gives batch and head.
-        launches.append(
-            Launch(
-                scan_kernel,
-                b * h * -(-m // ROWS),
-                {
-                    "log_scale": log_scale,
-                    "sums": sums,
-                    **strides(log_scale=log_scale),
-                    **({"sums_batch": 0, "sums_head": 0, "sums_row": 0} if sums is None else strides(sums=sums)),
-                    **part,
-                    **entering,
-                    "heads": h,
-                    "segments": cut.number,
-                    "parts": cut.parts,
-                },
-                {"M": m, "E": e, "E_PADDED": padded_dim(e), "ROWS": ROWS},
-                4,
-            )
-        )
-    out, after_scale, after_sums = new(b, query_heads, n, e), floats(b, h, m), floats(b, h, m, e + 1)
+    out, after_scale, after_sums = query.new_empty(b, query_heads, n, e), floats(b, h, m), floats(b, h, m, e + 1)
     query_log_sum = floats(b * query_heads, n) if needs_backward else None
-    written: tuple[Tensor, Tensor | None] = (out, query_log_sum)
-    if blocks > 1:
-        written = new(b * query_heads, blocks, n, e), floats(b * query_heads, blocks, n)
-    arguments = (
-        of_keys
-        | entering
-        | {
-            "query": query,
-            "query_landmarks": query_landmarks,
-            "landmark_bias": landmark_bias,
-            **strides(query=query, query_landmarks=query_landmarks, landmark_bias=landmark_bias),
-            "out": written[0],
-            "query_log_sum": written[1],
-            "log_scale": after_scale,
-            "sums": after_sums,
-            "steepest": floats(b * h, cut.number, blocks),
-            "groups": groups,
-            "span": cut.span,
-            "segments": cut.number,
-        }
+    kept = {
+        "entering_mean": states(),
+        "log_sum": floats(b * h, chunks + 1, m),
+        "first": floats(b * h, chunks, m),
+        "steepest": floats(b * h, chunks + 1, found.row_blocks),
+    }
+    launches, arguments = of_inputs(
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, found
     )
-    fixed = {"ONE_GROUP": groups == 1, **compile_time(sweep, m, d, e, precision, key.dtype)}
-    programs = b * h * cut.number * blocks
-    launches.append(Launch(sweep_kernel, programs, arguments, fixed | {"CAREFUL": False}, sweep.warps))
-    launches.append(Launch(sweep_kernel, programs, arguments, fixed | {"CAREFUL": True, "STAGES": 1}, sweep.warps))
-    if blocks > 1:
-        rows = 2048 // padded_dim(e)
-        launches.append(
-            Launch(
-                combine_kernel,
-                b * query_heads * -(-n // rows),
-                {
-                    "part": written[0],
-                    "part_log_sum": written[1],
-                    "out": out,
-                    "query_log_sum": query_log_sum,
-                    "n": n,
-                },
-                {"BLOCKS": blocks, "E": e, "E_PADDED": padded_dim(e), "ROWS": rows},
-                4,
-            )
-        )
-    kept = [floats(0) if x is None or not needs_backward else x for x in (query_log_sum, *entering.values())]
-    return launches, Forward(out, after_scale, after_sums, *kept)
+    arguments |= kept | {
+        "part_mean": states(),
+        "part_total": floats(b * h, chunks, m),
+        "part_peak": floats(b * h, chunks, m),
+        "log_scale": log_scale,
+        "sums": sums,
+        # A row of the last dimension of log_scale is a landmark: strides() gives batch and head.
+        **strides(log_scale=log_scale),
+        **({"sums_batch": 0, "sums_head": 0, "sums_row": 0} if sums is None else strides(sums=sums)),
+        "log_scale_after": after_scale,
+        "sums_after": after_sums,
+        "out": out,
+        "query_log_sum": query_log_sum,
+        "spread": min(SPREAD, chunks),
+    }
+    states_of, outputs = found.configurations["chunk_states"], found.configurations["chunk_outputs"]
+    fixed = compile_time(outputs, found, m, d, e, precision, key.dtype)
+    of_states = compile_time(states_of, found, m, d, e, precision, key.dtype)
+    scans = b * h * found.row_blocks * found.column_blocks
+    launches += [
+        launch_of(
+            chunk_state_kernel,
+            b * h * chunks * of_states["BLOCKS"],
+            arguments,
+            of_states,
+            states_of.warps,
+            states_of.registers,
+        ),
+        launch_of(scan_kernel, scans, arguments, fixed | {"STAGES": SCAN_STAGES}, SCAN_WARPS),
+        launch_of(chunk_output_kernel, b * query_heads * chunks, arguments, fixed, outputs.warps, outputs.registers),
+        launch_of(steep_output_kernel, b * query_heads * arguments["spread"], arguments, fixed, STEEP_WARPS),
+    ]
+    saved = [floats(0) if x is None or not needs_backward else x for x in (query_log_sum, *kept.values())]
+    if not needs_backward:
+        saved[1] = query.new_empty(0, dtype=state_dtype(key.dtype))
+    return launches, Forward(out, after_scale, after_sums, *saved)

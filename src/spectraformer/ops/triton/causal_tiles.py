@@ -1,6 +1,6 @@
 # mypy: disable-error-code="misc,assignment,import-untyped,import-not-found,untyped-decorator"
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Parts of the causal kernels: chunks of keys, states in and out, and a chunk token by token.
+"""Parts of the causal kernels: keys of a chunk, what features are relative to, logarithms.
 
 Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks, d head dim, e value dim.
 """
@@ -8,10 +8,10 @@ Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks,
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_key_bias, load_rows, load_tile, store_tile
+from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_key_bias, load_rows
 
 # Sizes that must not compile a kernel anew when they change.
-SIZES = ("heads", "groups", "n", "segments", "parts", "pieces")
+SIZES = ("heads", "groups", "n", "chunks", "pieces", "span", "spread")
 LN_2 = tl.constexpr(0.6931471805599453)
 # In units of log 2. Features of queries lose what is below 2^-126, so a sum of m c terms, itself at least 1, loses at
 # most m c 2^(90 - 126) < 2^-21; and sums of values stay finite up to values of 2^20.
@@ -46,40 +46,43 @@ def log2(x):
 
 
 @triton.jit
-def load_chunk(
-    key, value, key_bias, key_quadratic, start, key_row, value_row, row, rows, w,
-    D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Keys, values, logits (landmarks x tokens, units of log 2; -inf outside and where removed) of a chunk."""
+def log_sum_exp(top, total):
+    """Units of log 2; -inf where there is nothing."""
+    return tl.where(total == 0.0, float("-inf"), top + log2(positive(total)))
+
+
+@triton.jit
+def load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Keys of a chunk, what every landmark adds to their logits (units of log 2), and whether each is there."""
     bias = key_bias
     if key_bias is not None:
         bias = key_bias + start
     weight = load_key_bias(bias, row, rows)
     # Not "> -inf": a NaN must show.
     present = weight != float("-inf")
-    offset = tl.cast(start, tl.int64)
-    k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
-    v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
-    weight = key_log_weight(k, weight, key_quadratic, D, D_PADDED)
-    return k, v, tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
+    k = load_rows(key + tl.cast(start, tl.int64) * key_row, row, key_row, present, D, D_PADDED)
+    return k, key_log_weight(k, weight, key_quadratic, D, D_PADDED), present
 
 
 @triton.jit
-def load_state(value, total, peak, place, landmark, M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr):
-    """A state of M landmarks (sums, totals, peaks in units of log 2); nothing outside."""
-    s = load_tile(value + place * M * E, landmark, E, M, E, E_PADDED)
-    z = tl.load(total + place * M + landmark, mask=landmark < M, other=0.0)
-    return s, z, tl.load(peak + place * M + landmark, mask=landmark < M, other=float("-inf"))
+def load_reference(log_sum, first, landmark, M: tl.constexpr):
+    """What features of a chunk are relative to (units of log 2; inf for landmarks that pad), and 1 where keys entered.
+
+    The log-sum-exp of the keys before the chunk; before the first key its logit, which every query that has any key
+    sees.
+    """
+    inside = landmark < M
+    entering = tl.load(log_sum + landmark, mask=inside, other=float("inf"))
+    alone = entering == float("-inf")
+    reference = tl.where(alone, tl.load(first + landmark, mask=inside, other=0.0), entering)
+    return reference, tl.where(alone, 0.0, 1.0)
 
 
 @triton.jit
-def store_state(
-    value, total, peak, place, landmark, s, z, top, M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr
-):
-    """The inverse of load_state."""
-    store_tile(value + place * M * E, landmark, E, M, s, E, E_PADDED)
-    tl.store(total + place * M + landmark, z, mask=landmark < M)
-    tl.store(peak + place * M + landmark, top, mask=landmark < M)
+def load_landmark_weight(landmark_bias, reference, landmark, M: tl.constexpr):
+    """What a landmark adds to the logits of queries, units of log 2; -inf where it pads."""
+    bias = tl.load(landmark_bias + landmark, mask=landmark < M, other=0.0) * LOG2_E
+    return tl.where(landmark < M, bias + reference, float("-inf"))
 
 
 @triton.jit
@@ -90,36 +93,7 @@ def load_normaliser(query_log_sum, row, rows):
 
 
 @triton.jit
-def load_token(
-    key, value, key_bias, key_quadratic, token,
-    D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-):  # fmt: skip
-    """One key, its value, and what every landmark adds to its logit; key and value point at the token."""
-    column, column_e = tl.arange(0, D_PADDED), tl.arange(0, E_PADDED)
-    weight = tl.full((), 0.0, tl.float32)
-    if key_bias is not None:
-        weight = tl.load(key_bias + token) * LOG2_E
-    # Nothing is read of a key that is removed.
-    visible = tl.where(weight == float("-inf"), 0, 1)
-    k = tl.load(key + column, mask=column < visible * D, other=0.0).to(tl.float32)
-    v = tl.load(value + column_e, mask=column_e < visible * E, other=0.0).to(tl.float32)
-    if key_quadratic is not None:
-        quadratic = tl.load(key_quadratic + column, mask=column < D, other=0.0)
-        weight += tl.sum(k * k * quadratic, 0) * LOG2_E
-    return k, v, weight
-
-
-@triton.jit
-def absorb_token(
-    key, value, key_bias, key_quadratic, token, w, mean, total, top,
-    D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-):  # fmt: skip
-    """The state after one more key: the definition that chunks are a faster form of."""
-    k, v, weight = load_token(key, value, key_bias, key_quadratic, token, D, E, D_PADDED, E_PADDED)
-    logits = tl.sum(w * k[None, :], 1) * LOG2_E + weight
-    higher = tl.maximum(top, logits)
-    feature = tl.exp2(logits - finite(higher))
-    held = total * tl.exp2(top - finite(higher))
-    share = 1.0 / positive(held + feature)
-    mean = mean * (held * share)[:, None] + (feature * share)[:, None] * v[None, :]
-    return mean, held + feature, higher
+def load_steepest(steepest, ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr):
+    """The steepest rise of a logit above its past in a chunk or a sequence, over the parts of the scan."""
+    part = tl.arange(0, ROW_BLOCKS_PADDED)
+    return tl.max(tl.load(steepest + part, mask=part < ROW_BLOCKS, other=float("-inf")), 0)

@@ -1,0 +1,109 @@
+# mypy: disable-error-code="misc,assignment,import-untyped,import-not-found,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""States of chunks, each of its own keys alone, all at the same time.
+
+A state is kept as the mean of the values each landmark attends to, the total weight relative to the highest logit,
+and that logit, the peak, in units of log 2: two states merge as two softmaxes do.
+
+Legend: b batch, h key heads, n tokens, m landmarks, d head dim, e value dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spectraformer.ops.triton.causal_tiles import SIZES, finite, load_keys, positive
+from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
+
+
+@triton.jit(do_not_specialize=SIZES)
+def round_kernel(
+    landmarks,  # (b | 1, h | 1, m, d) float32
+    rounded,  # the same dense, in the dtype of the keys
+    batch,
+    head,
+    row,
+    heads,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Landmarks as products take them: every chunk reads them again, so half the bytes count."""
+    program = tl.program_id(0)
+    landmark = (program % tl.cdiv(M, ROWS)) * ROWS + tl.arange(0, ROWS)
+    flat = tl.cast(program // tl.cdiv(M, ROWS), tl.int64)
+    x = load_tile(landmarks + (flat // heads) * batch + (flat % heads) * head, landmark, row, M, D, D_PADDED)
+    store_tile(rounded + flat * M * D, landmark, D, M, x, D, D_PADDED)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def chunk_state_kernel(
+    key,
+    value,
+    key_landmarks,
+    key_bias,
+    key_quadratic,
+    part_mean,  # (b h, chunks, m, e)
+    part_total,  # (b h, chunks, m) float32
+    part_peak,  # (b h, chunks, m) float32, units of log 2
+    first,  # (b h, chunks, m) float32, units of log 2: logits of the first key, written where none may be before it
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    key_landmarks_batch,
+    key_landmarks_head,
+    key_bias_batch,
+    key_bias_head,
+    key_quadratic_batch,
+    key_quadratic_head,
+    heads,
+    n,
+    chunks,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANDMARKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """One chunk, one block of landmarks, along the rows."""
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    chunk = (program // BLOCKS) % chunks
+    flat = tl.cast(program // (BLOCKS * chunks), tl.int64)
+    batch, head = flat // heads, flat % heads
+    start, place = chunk * TOKENS, (flat * chunks + chunk) * M
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head + tl.cast(start, tl.int64) * value_row
+    key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
+    if key_bias is not None:
+        key_bias += batch * key_bias_batch + head * key_bias_head
+    if key_quadratic is not None:
+        key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
+
+    row = tl.arange(0, TOKENS)
+    landmark = block * LANDMARKS + tl.arange(0, LANDMARKS)
+    inside = landmark < M
+    w = load_tile(key_landmarks, landmark, D, M, D, D_PADDED)
+    k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, n - start, D, D_PADDED)
+    v = load_rows(value, row, value_row, present, E, E_PADDED)
+    logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
+    peak = tl.max(logits, 1)
+    features = tl.exp2(logits - finite(peak)[:, None])
+    total = tl.sum(features, 1)
+    mean = tl.dot(features.to(PRODUCT), v.to(PRODUCT), input_precision=PRECISION)
+    store_tile(part_mean + place * E, landmark, E, M, mean * (1.0 / positive(total))[:, None], E, E_PADDED)
+    tl.store(part_total + place + landmark, total, mask=inside)
+    tl.store(part_peak + place + landmark, peak, mask=inside)
+    if (chunk == 0) | (key_bias is not None):
+        earliest = tl.min(tl.where(present, row, TOKENS), 0)
+        tl.store(first + place + landmark, tl.sum(tl.where(row[None, :] == earliest, logits, 0.0), 1), mask=inside)
