@@ -224,7 +224,9 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
     others = zip(found, operands[5:10], wanted, strict=False)
     return [
-        *[x.squeeze(2) if x.shape[2] == 1 else x.sum(2) for x in (query, key, value)],
+        query,
+        key,
+        value,
         *[summed(x, y) for x, y, w in others if w and y is not None],
         *([found[5]] if wanted[5] else []),
     ]

@@ -11,11 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectraformer.ops.triton.causal_configurations import choose, cut
-from spectraformer.ops.triton.causal_key_backward import key_sweep_kernel, suffix_kernel
-from spectraformer.ops.triton.causal_plan import ROWS, compile_time
-from spectraformer.ops.triton.causal_query_backward import query_state_kernel, query_sweep_kernel
-from spectraformer.ops.triton.configurations import Configuration
+from spectraformer.ops.triton.causal_key_backward import chunk_key_backward_kernel
+from spectraformer.ops.triton.causal_landmark_backward import landmark_backward_kernel
+from spectraformer.ops.triton.causal_plan import (
+    SCAN_STAGES,
+    SCAN_WARPS,
+    SPREAD,
+    STEEP_WARPS,
+    compile_time,
+    cut,
+    launch_of,
+    of_inputs,
+    state_dtype,
+)
+from spectraformer.ops.triton.causal_query_backward import chunk_query_backward_kernel
+from spectraformer.ops.triton.causal_scan import reverse_scan_kernel
+from spectraformer.ops.triton.causal_steep_backward import steep_key_backward_kernel, steep_query_backward_kernel
+from spectraformer.ops.triton.configurations import Configuration, split
 from spectraformer.ops.triton.launch import Launch, padded_dim, strides
 
 
@@ -31,16 +43,16 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the kernels fill, dense; None where not wanted. Blocks, segments and pieces are still to be added."""
+    """What the kernels fill, dense; None where not wanted. Pieces, dimension 2 but of the first three, add up."""
 
-    query: Tensor  # (b, h g, blocks, n, d)
-    key: Tensor  # (b, h, blocks, n, d)
-    value: Tensor  # (b, h, blocks, n, e)
-    query_landmarks: Tensor | None  # (b, h, segments, m, d) float32
-    key_landmarks: Tensor | None  # (b, h, segments, m, d) float32
-    landmark_bias: Tensor | None  # (b, h, segments, m) float32
-    key_bias: Tensor | None  # (b, h, blocks, n) float32
-    key_quadratic: Tensor | None  # (b, h, segments blocks, d) float32
+    query: Tensor  # (b, h g, n, d)
+    key: Tensor  # (b, h, n, d)
+    value: Tensor  # (b, h, n, e)
+    query_landmarks: Tensor | None  # (b, h, g pieces, m, d) float32
+    key_landmarks: Tensor | None  # (b, h, pieces, m, d) float32
+    landmark_bias: Tensor | None  # (b, h, chunks g, m) float32
+    key_bias: Tensor | None  # (b, h, 1, n) float32
+    key_quadratic: Tensor | None  # (b, h, chunks, d) float32
     sums: Tensor | None  # (b, h, m, e + 1) float32
 
 
@@ -61,14 +73,17 @@ def plan_backward(
     log_scale_after: Tensor,
     query_log_sum: Tensor,
     entering_mean: Tensor,
-    entering_total: Tensor,
-    entering_peak: Tensor,
+    log_sum: Tensor,
+    first: Tensor,
+    steepest: Tensor,
     *,
     wanted: Wanted,
     precision: str,
     configurations: dict[str, Configuration] | None = None,
 ) -> tuple[list[Launch], Gradients]:
     """The kernels of the backward and the tensors they fill; operands as the forward had and returned them.
+
+    Gradients of landmarks take those of logits through memory: n x m elements a head, of 16 bits for such inputs.
 
     Args:
         grad: Gradient of the output, (b, h g, n, e), in the dtype of the queries, any batch, head and row strides.
@@ -86,9 +101,10 @@ def plan_backward(
         out: The forward's output, dense.
         log_scale_after: The forward's running maximum after the last key.
         query_log_sum: The forward's log-sum-exps of queries.
-        entering_mean: The forward's states that enter segments; empty where nothing enters.
-        entering_total: Their totals.
-        entering_peak: Their peaks.
+        entering_mean: The forward's means that enter chunks.
+        log_sum: The forward's log-sum-exps before and after chunks.
+        first: The forward's logits of the first key.
+        steepest: The forward's steepest rises.
         wanted: Which gradients to compute.
         precision: Of float32 products, as Triton names it.
         configurations: By name of pass, in place of the table's.
@@ -98,141 +114,103 @@ def plan_backward(
     groups = query_heads // h
     e, m = value.shape[-1], query_landmarks.shape[-2]
     new = query.new_empty
+    found = cut(key, value, m, configurations)
+    chunks = found.chunks
 
-    def floats(*shape: int) -> Tensor:
-        return new(shape, dtype=torch.float32)
+    def floats(*shape: int, given: bool = True) -> Tensor | None:
+        return new(shape, dtype=torch.float32) if given else None
 
-    def configuration(name: str) -> Configuration:
-        return (configurations or {}).get(name) or choose(name, key.dtype, max(d, e), m)
+    def products(*shape: int, given: bool = True) -> Tensor | None:
+        return new(shape, dtype=state_dtype(key.dtype)) if given else None
 
-    # The states that enter were computed for the forward's segments.
-    count, span, parts = cut(key, value, m)
-    of_queries, of_keys, of_states = (configuration(x) for x in ("sweep_queries", "sweep_keys", "query_states"))
-    blocks = -(-m // of_queries.landmarks)
-    assert of_queries[:2] == of_keys[:2] and span % of_queries.tokens == 0 == span % (parts * of_states.tokens)
-    entering: dict[str, Tensor | None] = {
-        "entering_mean": entering_mean if entering_mean.numel() else None,
-        "entering_total": entering_total if entering_total.numel() else None,
-        "entering_peak": entering_peak if entering_peak.numel() else None,
-    }
-    reference = floats(b * h, -(-n // of_queries.tokens), m)
-    delta, steepest = floats(b * query_heads, n), floats(b * h, count, blocks)
-    gradients = Gradients(
-        query=new(b, query_heads, blocks, n, d),
-        key=new(b, h, blocks, n, d),
-        value=new(b, h, blocks, n, e),
-        query_landmarks=floats(b, h, count, m, d) if wanted.query_landmarks else None,
-        key_landmarks=floats(b, h, count, m, d) if wanted.key_landmarks else None,
-        landmark_bias=floats(b, h, count, m) if wanted.landmark_bias else None,
-        key_bias=floats(b, h, blocks, n) if wanted.key_bias else None,
-        key_quadratic=floats(b, h, count * blocks, d) if wanted.key_quadratic else None,
-        sums=floats(b, h, m, e + 1) if wanted.sums else None,
+    launches, arguments = of_inputs(
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, found
     )
-    from_queries = {
-        "query": query,
+    grad_query, grad_key, grad_value = new(query.shape), new(key.shape), new(value.shape)
+    of_sums = floats(b, h, m, e + 1, given=wanted.sums)
+    arguments |= {
         "grad": grad,
-        "query_landmarks": query_landmarks,
-        "landmark_bias": landmark_bias,
+        "out": out,
         "query_log_sum": query_log_sum,
-        "delta": delta,
-        **strides(query=query, grad=grad, query_landmarks=query_landmarks, landmark_bias=landmark_bias),
-        "heads": h,
-        "groups": groups,
-        "n": n,
-        "segments": count,
-    }
-    shared = from_queries | {
-        "key": key,
-        "value": value,
-        "key_landmarks": key_landmarks,
-        "key_bias": key_bias,
-        "key_quadratic": key_quadratic,
-        "reference": reference,
+        "entering_mean": entering_mean,
+        "log_sum": log_sum,
+        "first": first,
         "steepest": steepest,
-        **strides(key=key, value=value, key_landmarks=key_landmarks, key_bias=key_bias, key_quadratic=key_quadratic),
+        "log_scale": log_scale,
+        **strides(grad=grad, log_scale=log_scale),
+        "log_scale_after": log_scale_after,
+        "grad_sums_after": grad_sums,
+        "delta": floats(b * query_heads, n),
+        "grad_mean": products(b * h, chunks, groups, m, e),
+        "grad_delta": floats(b * h, chunks, groups, m),
+        "suffix_value": products(b * h, chunks, m, e),
+        "suffix_delta": floats(b * h, chunks, m),
+        "grad_query": grad_query,
+        "grad_key": grad_key,
+        "grad_value": grad_value,
+        "grad_query_logits": products(b * query_heads, n, m, given=wanted.query_landmarks),
+        "grad_key_logits": products(b * h, n, m, given=wanted.key_landmarks),
+        "grad_landmark_bias": floats(b, h, chunks * groups, m, given=wanted.landmark_bias),
+        "grad_key_bias": floats(b, h, 1, n, given=wanted.key_bias),
+        "grad_key_quadratic": floats(b, h, chunks, d, given=wanted.key_quadratic),
+        "grad_sums": of_sums,
+        "spread": min(SPREAD, chunks),
+    }
+    of_queries, of_keys = (found.configurations[x] for x in ("chunk_queries_backward", "chunk_keys_backward"))
+    fixed, fixed_keys = (compile_time(x, found, m, d, e, precision, key.dtype) for x in (of_queries, of_keys))
+    fixed_keys["ONE_GROUP"] = groups == 1
+    spread = arguments["spread"]
+    scans = b * h * found.row_blocks * found.column_blocks
+    for kernel, programs, constants, warps, registers in (
+        (chunk_query_backward_kernel, b * query_heads * chunks, fixed, of_queries.warps, of_queries.registers),
+        (steep_query_backward_kernel, b * query_heads * spread, fixed, STEEP_WARPS, None),
+        (reverse_scan_kernel, scans, fixed | {"STAGES": SCAN_STAGES}, SCAN_WARPS, None),
+        (chunk_key_backward_kernel, b * h * chunks, fixed_keys, of_keys.warps, of_keys.registers),
+        (steep_key_backward_kernel, b * h * spread, fixed, STEEP_WARPS, None),
+    ):
+        launches.append(launch_of(kernel, programs, arguments, constants, warps, registers))
+    of_landmarks: list[Tensor | None] = []
+    for tokens, bias, logits in (
+        (query, None, arguments["grad_query_logits"]),
+        (key, key_bias, arguments["grad_key_logits"]),
+    ):
+        launch, part = (None, None) if logits is None else _of_landmarks(tokens, bias, logits, h, precision)
+        launches += [] if launch is None else [launch]
+        of_landmarks.append(part)
+    others = (arguments[f"grad_{x}"] for x in ("landmark_bias", "key_bias", "key_quadratic"))
+    return launches, Gradients(grad_query, grad_key, grad_value, *of_landmarks, *others, of_sums)
+
+
+def _of_landmarks(
+    tokens: Tensor, key_bias: Tensor | None, grad_logits: Tensor, key_heads: int, precision: str
+) -> tuple[Launch, Tensor]:
+    """The kernel that sums gradients of logits times tokens over pieces of the sequence, and its sums."""
+    b, heads, n, d = tokens.shape
+    m, wide = grad_logits.shape[-1], grad_logits.dtype == torch.float32
+    chosen = Configuration(32 if wide else 64, 32 if wide else 64, 4, 1 if wide else 3, programs=528)
+    blocks = -(-m // chosen.landmarks)
+    pieces, span = split(n, b * heads * blocks, chosen)
+    part = tokens.new_empty((b, key_heads, heads // key_heads * pieces, m, d), dtype=torch.float32)
+    found = strides(tokens=tokens, key_bias=key_bias)
+    arguments = {
+        "grad_logits": grad_logits,
+        "tokens": tokens,
+        "key_bias": key_bias,
+        "part": part,
+        **{name.removeprefix("tokens_"): x for name, x in found.items()},
+        "heads": heads,
+        "n": n,
         "span": span,
+        "pieces": pieces,
     }
-    launches = _twice(
-        query_sweep_kernel,
-        b * h * count * blocks,
-        shared
-        | entering
-        | {
-            "out": out,
-            "grad_query": gradients.query,
-            "grad_query_landmarks": gradients.query_landmarks,
-            "grad_landmark_bias": gradients.landmark_bias,
-        },
-        compile_time(of_queries, m, d, e, precision, key.dtype) | {"ONE_GROUP": groups == 1},
-        of_queries.warps,
-    )
-    part: dict[str, Tensor | None] = {"part_value": None, "part_delta": None}
-    if count > 1:
-        pieces = (count - 1) * groups * parts
-        part = {"part_value": floats(b * h, pieces, m, e), "part_delta": floats(b * h, pieces, m)}
-        launches.append(
-            Launch(
-                query_state_kernel,
-                b * query_heads * (count - 1) * parts * -(-m // of_states.landmarks),
-                from_queries
-                | part
-                | {
-                    "entering_total": entering["entering_total"],
-                    "entering_peak": entering["entering_peak"],
-                    "span": span // parts,
-                    "parts": parts,
-                },
-                compile_time(of_states, m, d, e, precision, key.dtype),
-                of_states.warps,
-            )
-        )
-    suffix = {
-        "suffix_value": floats(b * h, count, m, e),
-        "suffix_delta": floats(b * h, count, m),
-        "suffix_reference": floats(b * h, count, m),
+    fixed = {
+        "M": m,
+        "D": d,
+        "D_PADDED": padded_dim(d),
+        "BLOCKS": blocks,
+        "LANDMARKS": chosen.landmarks,
+        "TOKENS": chosen.tokens,
+        "STAGES": chosen.stages,
+        "PRECISION": precision,
     }
-    launches.append(
-        Launch(
-            suffix_kernel,
-            b * h * -(-m // ROWS),
-            {
-                "grad_sums": grad_sums,
-                "log_scale": log_scale_after,
-                "entering_total": entering["entering_total"],
-                "entering_peak": entering["entering_peak"],
-                **part,
-                **suffix,
-                "segments": count,
-                "parts": groups * parts,
-            },
-            {"M": m, "E": e, "E_PADDED": padded_dim(e), "ROWS": ROWS},
-            4,
-        )
-    )
-    launches += _twice(
-        key_sweep_kernel,
-        b * h * count * blocks,
-        shared
-        | suffix
-        | {
-            "grad_key": gradients.key,
-            "grad_value": gradients.value,
-            "grad_key_bias": gradients.key_bias,
-            "grad_key_landmarks": gradients.key_landmarks,
-            "grad_key_quadratic": gradients.key_quadratic,
-            "log_scale": log_scale,
-            "grad_sums": gradients.sums,
-            **strides(log_scale=log_scale),
-        },
-        compile_time(of_keys, m, d, e, precision, key.dtype) | {"ONE_GROUP": groups == 1},
-        of_keys.warps,
-    )
-    return launches, gradients
-
-
-def _twice(
-    kernel: object, programs: int, arguments: dict[str, object], fixed: dict[str, object], warps: int
-) -> list[Launch]:
-    """A sweep, and the careful one that does again what the first could not."""
-    careful = fixed | {"CAREFUL": True, "STAGES": 1}
-    return [Launch(kernel, programs, arguments, x, warps) for x in (fixed | {"CAREFUL": False}, careful)]
+    return Launch(landmark_backward_kernel, b * heads * pieces * blocks, arguments, fixed, chosen.warps), part

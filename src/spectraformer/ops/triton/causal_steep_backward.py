@@ -1,0 +1,256 @@
+# mypy: disable-error-code="misc,assignment,import-untyped,import-not-found,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Backward of the chunks of ``causal_steep``: what the kernels of all chunks wrote for them is written again.
+
+Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks, d head dim, e value dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spectraformer.ops.triton.causal_key_backward import store_key_gradients
+from spectraformer.ops.triton.causal_steep import load_vector, logits_of
+from spectraformer.ops.triton.causal_tiles import SIZES, SUDDEN, load_keys, load_normaliser, load_steepest
+from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
+
+
+@triton.jit(do_not_specialize=SIZES)
+def steep_query_backward_kernel(
+    query,
+    key,
+    value,
+    query_landmarks,
+    key_landmarks,
+    landmark_bias,
+    key_bias,
+    key_quadratic,
+    entering_mean,  # (b h, chunks, m, e)
+    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
+    grad,  # (b, h g, n, e)
+    query_log_sum,  # (b h g, n) float32, units of log 2
+    delta,  # (b h g, n) float32
+    grad_query,  # (b h g, n, d)
+    grad_query_logits,  # (b h g, n, m), or None
+    grad_landmark_bias,  # (b h, chunks, g, m) float32, or None
+    query_batch,
+    query_head,
+    query_row,
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    grad_batch,
+    grad_head,
+    grad_row,
+    query_landmarks_batch,
+    query_landmarks_head,
+    key_landmarks_batch,
+    key_landmarks_head,
+    landmark_bias_batch,
+    landmark_bias_head,
+    key_bias_batch,
+    key_bias_head,
+    key_quadratic_batch,
+    key_quadratic_head,
+    heads,
+    groups,
+    n,
+    chunks,
+    spread,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    ROW_BLOCKS_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """Every spread-th chunk of one query head."""
+    program = tl.program_id(0)
+    group = tl.cast(program % groups, tl.int64)
+    part = (program // groups) % spread
+    flat = tl.cast(program // (groups * spread), tl.int64)
+    steepest += flat * (chunks + 1) * ROW_BLOCKS
+    if load_steepest(steepest + chunks * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
+        return
+    batch, head = flat // heads, flat % heads
+    query += batch * query_batch + (head * groups + group) * query_head
+    grad += batch * grad_batch + (head * groups + group) * grad_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
+    key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
+    landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
+    if key_bias is not None:
+        key_bias += batch * key_bias_batch + head * key_bias_head
+    if key_quadratic is not None:
+        key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
+    row = tl.arange(0, TOKENS)
+    for chunk in range(part, chunks, spread):
+        if load_steepest(steepest + chunk * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) > SUDDEN:
+            start, place = chunk * TOKENS, flat * chunks + chunk
+            offset, rows = tl.cast(start, tl.int64), n - start
+            token = (flat * groups + group) * n + start
+            piece = (place * groups + group) * M
+            k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
+            v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
+            q = load_tile(query + offset * query_row, row, query_row, rows, D, D_PADDED)
+            do = load_tile(grad + offset * grad_row, row, grad_row, rows, E, E_PADDED)
+            normaliser = load_normaliser(query_log_sum + token, row, rows)
+            inner = tl.load(delta + token + row, mask=row < rows, other=0.0)
+            pairs = tl.dot(do.to(PRODUCT), tl.trans(v.to(PRODUCT)), input_precision=PRECISION) - inner[:, None]
+            dq = tl.zeros((TOKENS, D_PADDED), tl.float32)
+            for landmark in range(M):
+                u = load_vector(query_landmarks + landmark * D, D, D_PADDED)
+                o = load_vector(entering_mean + (place * M + landmark) * E, E, E_PADDED)
+                of_keys = logits_of(k, load_vector(key_landmarks + landmark * D, D, D_PADDED)) + weight
+                of_queries = logits_of(q, u) + tl.load(landmark_bias + landmark) * LOG2_E
+                # Added up in the order of the forward, whose rounding the log-sums have.
+                p = of_queries[:, None] + of_keys[None, :] - normaliser[:, None]
+                p = tl.exp2(tl.where(row[None, :] <= row[:, None], p, float("-inf")))
+                past = of_queries + tl.load(log_sum + (place + flat) * M + landmark)
+                past = tl.exp2(past - normaliser)
+                ds = tl.sum(p * pairs, 1)
+                ds += past * (tl.sum(do.to(tl.float32) * o[None, :], 1) - inner)
+                dq += ds[:, None] * u[None, :]
+                if grad_landmark_bias is not None:
+                    tl.store(grad_landmark_bias + piece + landmark, tl.sum(ds, 0))
+                if grad_query_logits is not None:
+                    at = grad_query_logits + (token + row) * M + landmark
+                    tl.store(at, ds.to(grad_query_logits.dtype.element_ty), mask=row < rows)
+            store_tile(grad_query + token * D, row, D, rows, dq, D, D_PADDED)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def steep_key_backward_kernel(
+    query,
+    key,
+    value,
+    query_landmarks,
+    key_landmarks,
+    landmark_bias,
+    key_bias,
+    key_quadratic,
+    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
+    grad,  # (b, h g, n, e)
+    query_log_sum,  # (b h g, n) float32, units of log 2
+    delta,  # (b h g, n) float32
+    suffix_value,  # (b h, chunks, m, e)
+    suffix_delta,  # (b h, chunks, m) float32
+    grad_key,  # (b h, n, d)
+    grad_value,  # (b h, n, e)
+    grad_key_bias,  # (b h, n) float32, or None
+    grad_key_quadratic,  # (b h, chunks, d) float32, or None
+    grad_key_logits,  # (b h, n, m), or None
+    query_batch,
+    query_head,
+    query_row,
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    grad_batch,
+    grad_head,
+    grad_row,
+    query_landmarks_batch,
+    query_landmarks_head,
+    key_landmarks_batch,
+    key_landmarks_head,
+    landmark_bias_batch,
+    landmark_bias_head,
+    key_bias_batch,
+    key_bias_head,
+    key_quadratic_batch,
+    key_quadratic_head,
+    heads,
+    groups,
+    n,
+    chunks,
+    spread,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    ROW_BLOCKS_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """Every spread-th chunk of one key head, keys along the rows."""
+    program = tl.program_id(0)
+    part = program % spread
+    flat = tl.cast(program // spread, tl.int64)
+    steepest += flat * (chunks + 1) * ROW_BLOCKS
+    if load_steepest(steepest + chunks * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
+        return
+    batch, head = flat // heads, flat % heads
+    query += batch * query_batch + head * groups * query_head
+    grad += batch * grad_batch + head * groups * grad_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
+    key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
+    landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
+    if key_bias is not None:
+        key_bias += batch * key_bias_batch + head * key_bias_head
+    if key_quadratic is not None:
+        key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
+    row = tl.arange(0, TOKENS)
+    for chunk in range(part, chunks, spread):
+        if load_steepest(steepest + chunk * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) > SUDDEN:
+            start, place = chunk * TOKENS, flat * chunks + chunk
+            offset, rows = tl.cast(start, tl.int64), n - start
+            token = flat * n + start
+            k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
+            v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED).to(PRODUCT)
+            dk = tl.zeros((TOKENS, D_PADDED), tl.float32)
+            dv = tl.zeros((TOKENS, E_PADDED), tl.float32)
+            dt = tl.zeros((TOKENS,), tl.float32)
+            for landmark in range(M):
+                w = load_vector(key_landmarks + landmark * D, D, D_PADDED)
+                of_keys = logits_of(k, w) + weight
+                after = tl.load(log_sum + (place + flat + 1) * M + landmark)
+                feature = tl.exp2(of_keys - tl.where(after == float("-inf"), float("inf"), after))
+                left = load_vector(suffix_value + (place * M + landmark) * E, E, E_PADDED)
+                left_delta = tl.load(suffix_delta + place * M + landmark)
+                ds = feature * (tl.sum(v.to(tl.float32) * left[None, :], 1) - left_delta)
+                dv += feature[:, None] * left[None, :]
+                for group in range(groups):
+                    index = tl.cast(group, tl.int64)
+                    at = (flat * groups + index) * n + start
+                    q = load_tile(
+                        query + index * query_head + offset * query_row, row, query_row, rows, D, D_PADDED
+                    )  # fmt: skip
+                    do = load_tile(grad + index * grad_head + offset * grad_row, row, grad_row, rows, E, E_PADDED)
+                    of_queries = logits_of(q, load_vector(query_landmarks + landmark * D, D, D_PADDED))
+                    of_queries += tl.load(landmark_bias + landmark) * LOG2_E
+                    normaliser = load_normaliser(query_log_sum + at, row, rows)
+                    inner = tl.load(delta + at + row, mask=row < rows, other=0.0)
+                    p = of_queries[None, :] + of_keys[:, None] - normaliser[None, :]
+                    p = tl.exp2(tl.where(row[:, None] <= row[None, :], p, float("-inf")))
+                    do = do.to(PRODUCT)
+                    pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :]
+                    ds += tl.sum(p * pairs, 1)
+                    dv = tl.dot(p.to(PRODUCT), do, dv, input_precision=PRECISION)
+                dk += ds[:, None] * w[None, :]
+                dt += ds
+                if grad_key_logits is not None:
+                    at_key = grad_key_logits + (token + row) * M + landmark
+                    tl.store(at_key, ds.to(grad_key_logits.dtype.element_ty), mask=row < rows)
+            store_key_gradients(
+                grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, k, dk, dv, dt,
+                place, token, row, rows, D, E, D_PADDED, E_PADDED,
+            )  # fmt: skip
