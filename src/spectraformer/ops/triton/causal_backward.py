@@ -6,7 +6,7 @@ Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from spectraformer.ops.triton.causal_scan import reverse_scan_kernel
 from spectraformer.ops.triton.causal_steep_backward import steep_key_backward_kernel, steep_query_backward_kernel
 from spectraformer.ops.triton.configurations import Configuration, split
 from spectraformer.ops.triton.launch import Launch, padded_dim, strides
+
+
+# Up to this head and value dim one kernel finds gradients of keys and of values.
+JOINT_DIM = 64
 
 
 class Wanted(NamedTuple):
@@ -161,14 +165,32 @@ def plan_backward(
     fixed_keys["ONE_GROUP"] = groups == 1
     spread = arguments["spread"]
     scans = b * h * found.row_blocks * found.column_blocks
-    for kernel, programs, constants, warps, registers in (
-        (chunk_query_backward_kernel, b * query_heads * chunks, fixed, of_queries.warps, of_queries.registers),
-        (steep_query_backward_kernel, b * query_heads * spread, fixed, STEEP_WARPS, None),
-        (reverse_scan_kernel, scans, fixed | {"STAGES": SCAN_STAGES}, SCAN_WARPS, None),
-        (chunk_key_backward_kernel, b * h * chunks, fixed_keys, of_keys.warps, of_keys.registers),
-        (steep_key_backward_kernel, b * h * spread, fixed, STEEP_WARPS, None),
-    ):
-        launches.append(launch_of(kernel, programs, arguments, constants, warps, registers))
+    # Accumulators of both do not fit into registers beyond head dim 64.
+    alone: list[dict[str, Any]] = [{}] if max(d, e) <= JOINT_DIM else [{"grad_value": None}, {"grad_key": None}]
+    launches += [
+        launch_of(
+            chunk_query_backward_kernel,
+            b * query_heads * chunks,
+            arguments,
+            fixed,
+            of_queries.warps,
+            of_queries.registers,
+        ),
+        launch_of(steep_query_backward_kernel, b * query_heads * spread, arguments, fixed, STEEP_WARPS),
+        launch_of(reverse_scan_kernel, scans, arguments, fixed | {"STAGES": SCAN_STAGES}, SCAN_WARPS),
+        *[
+            launch_of(
+                chunk_key_backward_kernel,
+                b * h * chunks,
+                arguments | one,
+                fixed_keys,
+                of_keys.warps,
+                of_keys.registers,
+            )
+            for one in alone
+        ],
+        launch_of(steep_key_backward_kernel, b * h * spread, arguments, fixed, STEEP_WARPS),
+    ]
     of_landmarks: list[Tensor | None] = []
     for tokens, bias, logits in (
         (query, None, arguments["grad_query_logits"]),

@@ -18,24 +18,31 @@ LANDMARKS = (64, 128, 256)
 
 
 def _sixteen_bit(d: int, m: int) -> dict[str, Configuration]:
-    """Read off the compiler for sm_90: next to nothing outside registers, and as many programs a processor as fit."""
+    """Read off the compiler for sm_90: little outside registers, and as many programs a processor as fit."""
+    block = min(m, 128)
     if d == 256:
-        return dict.fromkeys(PASSES, Configuration(64, 64, 8, 1))
-    # 168 registers let three programs share a processor.
-    whole = Configuration(min(m, 128), 64, 4, 1, registers=168)
-    block = Configuration(64, 64, 4, 1, registers=168 if d <= 64 else None)
+        wide = Configuration(64, 64, 8, 1)
+        return {**dict.fromkeys(PASSES, wide), "chunk_queries_backward": wide._replace(landmarks=32)}
+    if d == 128:
+        backward = Configuration(block, 64, 8, 1)
+        outputs = Configuration(64, 64, 4, 1)
+    else:
+        # 168 registers let three programs of four warps share a processor, 128 two of eight.
+        few = Configuration(64, 64, 4, 1, registers=168)
+        backward = few if m == 64 else Configuration(128, 64, 8, 1, registers=128)
+        outputs = few if m > 128 else few._replace(landmarks=block)
     return {
         "chunk_states": Configuration(64, 64, 4, 1),
-        "chunk_outputs": whole if d <= 64 and m <= 128 else block,
-        "chunk_queries_backward": block,
-        "chunk_keys_backward": block,
+        "chunk_outputs": outputs,
+        "chunk_queries_backward": backward,
+        "chunk_keys_backward": backward,
     }
 
 
 def _thirty_two_bit(d: int, _: int) -> dict[str, Configuration]:
     """Exact products take three times the operands: small tiles."""
-    landmarks = {32: 64, 64: 64, 128: 32, 256: 16}[d]
-    return dict.fromkeys(PASSES, Configuration(landmarks, 32, 4, 1))
+    landmarks = {32: 64, 64: 32, 128: 16, 256: 16}[d]
+    return dict.fromkeys(PASSES, Configuration(landmarks, 32 if d <= 64 else 16, 4, 1))
 
 
 _BUCKETS = [(d, m) for d in HEAD_DIMS for m in LANDMARKS]

@@ -2,14 +2,13 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 r"""Causal backward of keys: all chunks at the same time, from what later queries leave.
 
-With features :math:`f_{in}` of keys and weights :math:`p_{ti}` of queries relative to the past of the chunk, features
-:math:`g_{in} \le 1` of keys relative to the past of the next chunk, primes for gradients,
-:math:`b_{tn} = o'_t\cdot v_n - \delta_t`, and sums over the queries of later chunks
+With features :math:`f_{in}` of keys and weights :math:`p_{ti}` of queries relative to the past of the chunk, primes for
+gradients, :math:`b_{tn} = o'_t\cdot v_n - \delta_t`, and sums over the queries of later chunks
 :math:`R_i = \sum_t p_{ti} o'_t`, :math:`\rho_i = \sum_t p_{ti} \delta_t`:
 
 .. math::
-    T_{in} = g_{in} (R_i\cdot v_n - \rho_i) + f_{in} \sum_{t \ge n} p_{ti} b_{tn}, \quad
-    v'_n = \sum_i g_{in} R_i + \sum_{t \ge n} \Bigl(\sum_i p_{ti} f_{in}\Bigr) o'_t,
+    T_{in} = f_{in} \Bigl(R_i\cdot v_n - \rho_i + \sum_{t \ge n} p_{ti} b_{tn}\Bigr), \quad
+    v'_n = \sum_i f_{in} R_i + \sum_{t \ge n} \Bigl(\sum_i p_{ti} f_{in}\Bigr) o'_t,
 
 .. math::
     k' = T^\top w + 2 C k\, T^\top 1, \quad t' = T^\top 1, \quad w' = T k.
@@ -34,12 +33,20 @@ from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_t
 
 @triton.jit
 def store_key_gradients(
-    grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, k, dk, dv, dt, place, token, row, rows,
+    grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, key, key_row, present,
+    dk, dv, dt, place, token, row, rows,
     D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk, with what its squared keys add, given those of their logits summed over landmarks."""
-    if key_quadratic is not None:
+    if grad_key is not None and key_quadratic is not None:
         column = tl.arange(0, D_PADDED)
+        # Once more, rather than in registers all along; unlike the first time, or the compiler takes it for the same.
+        k = tl.load(
+            key + row[:, None] * key_row + column[None, :],
+            mask=present[:, None] & (column < D)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
         wide = k.to(tl.float32)
         quadratic = tl.load(key_quadratic + column, mask=column < D, other=0.0)
         dk += 2 * dt[:, None] * quadratic[None, :] * wide
@@ -49,8 +56,10 @@ def store_key_gradients(
             )  # fmt: skip
     if grad_key_bias is not None:
         tl.store(grad_key_bias + token + row, dt, mask=row < rows)
-    store_tile(grad_key + token * D, row, D, rows, dk, D, D_PADDED)
-    store_tile(grad_value + token * E, row, E, rows, dv, E, E_PADDED)
+    if grad_key is not None:
+        store_tile(grad_key + token * D, row, D, rows, dk, D, D_PADDED)
+    if grad_value is not None:
+        store_tile(grad_value + token * E, row, E, rows, dv, E, E_PADDED)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,8 +79,8 @@ def chunk_key_backward_kernel(
     delta,  # (b h g, n) float32
     suffix_value,  # (b h, chunks, m, e)
     suffix_delta,  # (b h, chunks, m) float32
-    grad_key,  # (b h, n, d)
-    grad_value,  # (b h, n, e)
+    grad_key,  # (b h, n, d), or None: gradients of keys by one launch, those of values by another, each with half the tiles
+    grad_value,  # (b h, n, e), or None
     grad_key_bias,  # (b h, n) float32, or None
     grad_key_quadratic,  # (b h, chunks, d) float32, or None
     grad_key_logits,  # (b h, n, m), or None
@@ -151,67 +160,68 @@ def chunk_key_backward_kernel(
         landmark = block * LANDMARKS + tl.arange(0, LANDMARKS)
         inside = landmark < M
         w = load_tile(key_landmarks, landmark, D, M, D, D_PADDED)
-        u = load_tile(query_landmarks, landmark, D, M, D, D_PADDED)
         reference, _held = load_reference(log_sum, first, landmark, M)
-        after = tl.load(log_sum + M + landmark, mask=inside, other=float("-inf"))
-        # Of the past to the past of the next chunk: at least 2^-SUDDEN over the tokens of a chunk, or not taken.
-        fade = tl.exp2(reference - tl.where(after == float("-inf"), float("inf"), after))
-        fade = tl.where(inside, fade, 0.0)
-        features = tl.dot(k, tl.trans(w), input_precision=PRECISION) * LOG2_E - reference[None, :]
-        features = tl.exp2(features + weight[:, None])
-        features_product = features.to(PRODUCT)
-        left = load_tile(suffix_value, landmark, E, M, E, E_PADDED)
-        left_delta = tl.load(suffix_delta + landmark, mask=inside, other=0.0)
-        dv = tl.dot((features * fade[None, :]).to(PRODUCT), left, dv, input_precision=PRECISION)
-        ds = tl.dot(v, tl.trans(left), input_precision=PRECISION) - left_delta[None, :]
-        ds *= fade[None, :]
+        features = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E - reference[:, None]
+        features = tl.exp2(features + weight[None, :]).to(PRODUCT)
+        ds = tl.zeros((LANDMARKS, TOKENS), tl.float32)
         of_landmark = load_landmark_weight(landmark_bias, reference, landmark, M)
         if ONE_GROUP:
             ds, dv = _add_queries(
-                query, grad, query_log_sum, delta, u, of_landmark, features_product, v, ds, dv, row, rows,
-                query_row, grad_row, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
+                query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows,
+                query_row, grad_row, grad_key is not None, grad_value is not None, M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
             )  # fmt: skip
         else:
             for group in range(groups):
                 index = tl.cast(group, tl.int64)
                 ds, dv = _add_queries(
                     query + index * query_head, grad + index * grad_head, query_log_sum + index * n,
-                    delta + index * n, u, of_landmark, features_product, v, ds, dv, row, rows,
-                    query_row, grad_row, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
+                    delta + index * n, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows,
+                    query_row, grad_row, grad_key is not None, grad_value is not None, M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
                 )  # fmt: skip
-        ds *= features
-        dt += tl.sum(ds, 1)
-        ds = ds.to(PRODUCT)
-        dk = tl.dot(ds, w.to(PRODUCT), dk, input_precision=PRECISION)
-        if grad_key_logits is not None:
-            tl.store(
-                grad_key_logits + (token + row)[:, None] * M + landmark[None, :],
-                ds,
-                mask=(row < rows)[:, None] & inside[None, :],
-            )
+        left = load_tile(suffix_value, landmark, E, M, E, E_PADDED)
+        left_delta = tl.load(suffix_delta + landmark, mask=inside, other=0.0)
+        if grad_value is not None:
+            dv = tl.dot(tl.trans(features), left, dv, input_precision=PRECISION)
+        if grad_key is not None:
+            ds = tl.dot(left, tl.trans(v), ds, input_precision=PRECISION) - left_delta[:, None]
+            ds *= features.to(tl.float32)
+            dt += tl.sum(ds, 0)
+            ds = tl.trans(ds.to(PRODUCT))
+            dk = tl.dot(ds, w.to(PRODUCT), dk, input_precision=PRECISION)
+            if grad_key_logits is not None:
+                tl.store(
+                    grad_key_logits + (token + row)[:, None] * M + landmark[None, :],
+                    ds,
+                    mask=(row < rows)[:, None] & inside[None, :],
+                )
     store_key_gradients(
-        grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, k, dk, dv, dt, place, token, row, rows,
+        grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, key + offset * key_row, key_row,
+        present, dk, dv, dt, place, token, row, rows,
         D, E, D_PADDED, E_PADDED,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_queries(
-    query, grad, query_log_sum, delta, u, of_landmark, features, v, ds, dv, row, rows, query_row, grad_row,
-    D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows, query_row, grad_row,
+    OF_KEY: tl.constexpr, OF_VALUE: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """What the chunk's queries of one head add to the gradients of its keys, by one block of landmarks."""
-    q = load_tile(query, row, query_row, rows, D, D_PADDED)
     do = load_tile(grad, row, grad_row, rows, E, E_PADDED).to(PRODUCT)
     normaliser = load_normaliser(query_log_sum, row, rows)
     inner = tl.load(delta + row, mask=row < rows, other=0.0)
-    logits = tl.dot(q, tl.trans(u), input_precision=PRECISION) * LOG2_E
+    q = load_tile(query, row, query_row, rows, D, D_PADDED)
+    u = load_tile(query_landmarks, landmark, D, M, D, D_PADDED)
+    logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E
     # Added up in the order of the forward, whose rounding the log-sums have.
-    p = tl.exp2(logits + of_landmark[None, :] - normaliser[:, None]).to(PRODUCT)
-    seen = row[:, None] <= row[None, :]
-    pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :]
-    ds = tl.dot(tl.where(seen, pairs, 0.0).to(PRODUCT), p, ds, input_precision=PRECISION)
-    scores = tl.dot(features, tl.trans(p), input_precision=PRECISION)
-    dv = tl.dot(tl.where(seen, scores, 0.0).to(PRODUCT), do, dv, input_precision=PRECISION)
+    p = tl.exp2(logits + of_landmark[:, None] - normaliser[None, :]).to(PRODUCT)
+    if OF_VALUE:
+        scores = tl.dot(tl.trans(features), p, input_precision=PRECISION)
+        scores = tl.where(row[:, None] <= row[None, :], scores, 0.0).to(PRODUCT)
+        dv = tl.dot(scores, do, dv, input_precision=PRECISION)
+    if OF_KEY:
+        pairs = tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None]
+        pairs = tl.where(row[:, None] >= row[None, :], pairs, 0.0).to(PRODUCT)
+        ds = tl.dot(p, pairs, ds, input_precision=PRECISION)
     return ds, dv

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.causal_tiles import LN_2, SIZES, finite, log_sum_exp, positive
+from spectraformer.ops.triton.causal_tiles import LN_2, SIZES, finite, log_sum_exp, positive, suffix_reference
 from spectraformer.ops.triton.tiles import LOG2_E
 
 
@@ -110,9 +110,10 @@ def reverse_scan_kernel(
     grad_mean,  # (b h, chunks, g, m, e): sum over queries of a chunk of their weight of the past times their gradient
     grad_delta,  # (b h, chunks, g, m) float32: of that weight times their delta
     log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    first,  # (b h, chunks, m) float32, units of log 2
     grad_sums_after,  # (b h, m, e + 1) float32, gradient of the sums after the last key, or None
     log_scale_after,  # (b h, m) float32
-    suffix_value,  # (b h, chunks, m, e): what queries after each chunk leave, relative to the log-sum-exp after it
+    suffix_value,  # (b h, chunks, m, e): what queries after each chunk leave, relative to suffix_reference
     suffix_delta,  # (b h, chunks, m) float32
     log_scale,  # (b, h, m) before the first key, or None
     grad_sums,  # (b h, m, e + 1) float32, gradient of the sums before the first key, or None
@@ -157,11 +158,15 @@ def reverse_scan_kernel(
         more_delta = tl.load(grad_delta + piece + landmark, mask=inside, other=0.0)
         before = tl.load(log_sum + chunk * M + landmark, mask=inside, other=float("-inf"))
         after = tl.load(log_sum + (chunk + 1) * M + landmark, mask=inside, other=float("-inf"))
+        place = (flat * chunks + chunk) * M
+        alone = tl.load(first + place + landmark, mask=inside, other=0.0)
 
         starts = group == 0
-        place = (flat * chunks + chunk) * M
-        tl.store(suffix_value + place * E + offset, value.to(suffix_value.dtype.element_ty), mask=tile & starts)
-        tl.store(suffix_delta + place + landmark, delta, mask=mine & starts)
+        reference = suffix_reference(tl.where(before == float("-inf"), alone, before), after)
+        fade = tl.where(after == float("-inf"), 0.0, tl.exp2(reference - finite(after)))
+        left = (value * fade[:, None]).to(suffix_value.dtype.element_ty)
+        tl.store(suffix_value + place * E + offset, left, mask=tile & starts)
+        tl.store(suffix_delta + place + landmark, delta * fade, mask=mine & starts)
         shrink = tl.where(starts, tl.exp2(before - finite(after)), 1.0)
         value = value * shrink[:, None] + more
         delta = delta * shrink + more_delta

@@ -12,7 +12,14 @@ import triton.language as tl
 
 from spectraformer.ops.triton.causal_key_backward import store_key_gradients
 from spectraformer.ops.triton.causal_steep import load_vector, logits_of
-from spectraformer.ops.triton.causal_tiles import SIZES, SUDDEN, load_keys, load_normaliser, load_steepest
+from spectraformer.ops.triton.causal_tiles import (
+    SIZES,
+    SUDDEN,
+    load_keys,
+    load_normaliser,
+    load_steepest,
+    suffix_reference,
+)
 from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
 
 
@@ -140,6 +147,7 @@ def steep_key_backward_kernel(
     key_bias,
     key_quadratic,
     log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    first,  # (b h, chunks, m) float32, units of log 2
     steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
     grad,  # (b, h g, n, e)
     query_log_sum,  # (b h g, n) float32, units of log 2
@@ -222,8 +230,10 @@ def steep_key_backward_kernel(
             for landmark in range(M):
                 w = load_vector(key_landmarks + landmark * D, D, D_PADDED)
                 of_keys = logits_of(k, w) + weight
+                before = tl.load(log_sum + (place + flat) * M + landmark)
+                before = tl.where(before == float("-inf"), tl.load(first + place * M + landmark), before)
                 after = tl.load(log_sum + (place + flat + 1) * M + landmark)
-                feature = tl.exp2(of_keys - tl.where(after == float("-inf"), float("inf"), after))
+                feature = tl.exp2(of_keys - suffix_reference(before, after))
                 left = load_vector(suffix_value + (place * M + landmark) * E, E, E_PADDED)
                 left_delta = tl.load(suffix_delta + place * M + landmark)
                 ds = feature * (tl.sum(v.to(tl.float32) * left[None, :], 1) - left_delta)
@@ -251,6 +261,7 @@ def steep_key_backward_kernel(
                     at_key = grad_key_logits + (token + row) * M + landmark
                     tl.store(at_key, ds.to(grad_key_logits.dtype.element_ty), mask=row < rows)
             store_key_gradients(
-                grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, k, dk, dv, dt,
+                grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, key + offset * key_row, key_row,
+                present, dk, dv, dt,
                 place, token, row, rows, D, E, D_PADDED, E_PADDED,
             )  # fmt: skip

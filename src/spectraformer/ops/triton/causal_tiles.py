@@ -79,6 +79,16 @@ def load_reference(log_sum, first, landmark, M: tl.constexpr):
 
 
 @triton.jit
+def suffix_reference(reference, after):
+    """What later queries leave for a chunk is relative to: the chunk's reference, unless the chunk is steep.
+
+    There the log-sum-exp after the chunk is so far above its reference that the product of what is left and of a
+    feature, none above that log-sum-exp, is kept from under- and overflow by a lesser distance.
+    """
+    return tl.maximum(reference, after - 100.0)
+
+
+@triton.jit
 def load_landmark_weight(landmark_bias, reference, landmark, M: tl.constexpr):
     """What a landmark adds to the logits of queries, units of log 2; -inf where it pads."""
     bias = tl.load(landmark_bias + landmark, mask=landmark < M, other=0.0) * LOG2_E
