@@ -205,7 +205,7 @@ TILES = [
 
 
 def tiles(d, m):
-    """ps of every kernel with one tile for all of them, at N = 8k."""
+    """Ps of every kernel with one tile for all of them, at N = 8k."""
     operands, _ = operands_of(8, 8, 1, 8192, d, d, m, BFLOAT, {})
     grad = torch.randn_like(operands[2])
     for tile in TILES:

@@ -34,11 +34,11 @@ def written(path, entries, **changes):
 
 
 def test_configurations_come_back(tmp_path):
-    other = Place(32, 128, 256, "sweep")
+    other = Place(32, 128, 256, "chunk_outputs")
     entries = [as_entry(PLACE, FOUND), as_entry(other, FOUND._replace(stages=1))]
     loaded = load_configurations(written(tmp_path / "x.json", entries))
     assert loaded == {PLACE: FOUND, other: FOUND._replace(stages=1)}
-    assert set(PASSES) >= {"keys", "queries", "sweep"}
+    assert set(PASSES) >= {"keys", "queries", "chunk_outputs"}
 
 
 @pytest.mark.parametrize(

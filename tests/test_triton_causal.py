@@ -21,15 +21,17 @@ from spectraformer.ops.streaming import AttentionState, empty_state
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 NAMES = ("query", "key", "value", "query_landmarks", "key_landmarks", "landmark_bias", "key_bias", "key_quadratic")
-# b, h, g, n, d, e, m, and what else is special; segments are of 64 tokens, in two parts, and chunks of 32
+# b, h, g, n, d, e, m, and what else is special; chunks are of 32 tokens, blocks of 64 landmarks
 CASES = {
-    "three segments": (1, 2, 1, 150, 16, 16, 64, {}),
+    "five chunks": (1, 2, 1, 150, 16, 16, 64, {}),
     "odd sizes, two blocks, transposed": (1, 1, 2, 77, 20, 40, 70, {"transposed": True, "bias": False}),
     "after a state": (2, 1, 3, 100, 16, 16, 32, {"state": True, "shared": False}),
     "the first keys removed": (1, 2, 1, 140, 16, 16, 16, {"removed": slice(0, 70)}),
     "a head without keys": (1, 2, 1, 40, 16, 16, 16, {"removed": slice(None)}),
     "std 3, one chunk": (1, 1, 1, 20, 16, 16, 24, {"std": 3.0}),
     "norms that grow": (1, 1, 2, 80, 16, 16, 24, {"growth": 11.0, "curvature": 0.2}),
+    "norms that grow after a state": (1, 1, 1, 75, 16, 24, 24, {"growth": 11.0, "curvature": 0.2, "state": True}),
+    "head dim above the joint kernel's": (1, 1, 2, 40, 70, 16, 24, {"state": True}),
 }
 
 
@@ -130,8 +132,14 @@ def test_outputs_states_and_gradients_agree_with_float64(interpreted, case):
 
 
 @needs_triton
-def test_the_careful_sweep_runs_where_logits_rise_steeply_and_only_there(interpreted):
-    assert interpreted["steepest"]["three segments"] < 90 < interpreted["steepest"]["norms that grow"]
+def test_chunks_are_steep_where_logits_rise_steeply_and_only_there(interpreted):
+    assert interpreted["steepest"]["five chunks"] < 90 < interpreted["steepest"]["norms that grow"]
+    assert interpreted["steepest"]["norms that grow after a state"] > 90
+
+
+@needs_triton
+def test_tiles_change_results_by_rounding_alone(interpreted):
+    assert {name: e for name, e in interpreted["tiles"].items() if not e < 2e-5} == {}
 
 
 @needs_triton
@@ -166,32 +174,36 @@ def test_no_tokens_leave_the_state_as_it_is(interpreted):
     assert interpreted["no tokens"] == [True, True]
 
 
-def test_segments_cover_the_sequence_and_depend_on_shapes_alone():
-    from spectraformer.ops.triton.causal_configurations import MIN_SEGMENT, PASSES, choose, segments
+@needs_triton
+def test_all_passes_work_on_the_same_chunks_whatever_their_own_entry_says():
+    from spectraformer.ops.triton import causal_configurations as table
+    from spectraformer.ops.triton.causal_plan import cut
 
     for dtype, d, m in itertools.product((torch.bfloat16, torch.float32), (16, 64, 128, 256), (16, 128, 1000)):
-        chosen = {name: choose(name, dtype, d, m) for name in PASSES}
-        # One chunk and one block of landmarks for both sweeps of the backward, which share references.
-        assert chosen["sweep_queries"][:2] == chosen["sweep_keys"][:2]
-        for tokens, programs in itertools.product((1, 64, 1000, 4097, 100_000), (1, 3, 64, 1000)):
-            count, span, parts = segments(tokens, programs, chosen["sweep"], chosen["states"])
-            assert (count - 1) * span < tokens <= count * span and (count == 1 or span >= MIN_SEGMENT)
-            assert all(span % (parts * x.tokens) == 0 for x in chosen.values())
+        key = torch.empty(1, 1, 100, d, dtype=dtype, device="meta")
+        found = cut(key, key, m)
+        assert {x.tokens for x in found.configurations.values()} == {found.chunk}
+        assert (found.chunks - 1) * found.chunk < 100 <= found.chunks * found.chunk
+        assert found.rows * found.row_blocks >= m and found.columns * found.column_blocks >= d
+    row = table.SIXTEEN_BIT[64, 128]
+    shipped = row["chunk_outputs"]
+    row["chunk_outputs"] = shipped._replace(tokens=2 * shipped.tokens)
+    try:
+        assert table.choose("chunk_outputs", torch.bfloat16, 64, 128) == shipped
+    finally:
+        row["chunk_outputs"] = shipped
 
 
 def interpret():
-    from spectraformer.ops.triton import causal_configurations
-
-    causal_configurations.MIN_SEGMENT = 32
     # Every buffer a kernel is to fill starts as NaN: what is left unwritten shows.
     empty = torch.Tensor.new_empty
     torch.Tensor.new_empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
     torch.manual_seed(0)
     results = {name: compare(case)[0] for name, case in CASES.items()}
     torch.Tensor.new_empty = empty
-    names = ("three segments", "norms that grow")
+    names = ("five chunks", "norms that grow", "norms that grow after a state")
     results["steepest"] = {name: steepest(CASES[name]) for name in names}
-    results |= causality() | refusals() | {"pieces": pieces(), "fakes": fakes(), "frozen": frozen()}
+    results |= causality() | refusals() | {"pieces": pieces(), "tiles": tiles(), "fakes": fakes(), "frozen": frozen()}
     sys.stdout.write(json.dumps(results))
 
 
@@ -204,6 +216,21 @@ def steepest(case):
     for launch in launches:
         launch.run()
     return launches[-1].arguments["steepest"].max().item()
+
+
+def tiles():
+    """Errors with chunks of 16 tokens and blocks of 16 landmarks, which cut everything into several."""
+    from spectraformer.ops.triton import causal_configurations as table
+
+    row = table.THIRTY_TWO_BIT[32, 64]
+    shipped = dict(row)
+    row.update({name: x._replace(tokens=16, landmarks=16) for name, x in row.items()})
+    try:
+        return compare(CASES["after a state"])[0] | {
+            f"steep {name}": e for name, e in compare(CASES["norms that grow"])[0].items()
+        }
+    finally:
+        row.update(shipped)
 
 
 def causality():

@@ -81,7 +81,6 @@ def random_feature_attention(
         positive=feature_map.positive,
         trigonometric=feature_map.component.trigonometric,
         is_causal=is_causal,
-        features=feature_map.feature_dim,
     )
     check_padding_mask("key_padding_mask", key_padding_mask, key)
     if 0 in (*query.shape, *value.shape):

@@ -130,7 +130,7 @@ class Exponential:
         is_causal = is_causal or state is not None
         if backend == "auto":
             tokens = (self.query, self.key, value)
-            backend = ops.choose_backend(backend, *tokens, is_causal=is_causal, features=self.feature_dim)
+            backend = ops.choose_backend(backend, *tokens, is_causal=is_causal)
         key_bias, key_quadratic = self._key_log_weight(backend)
         landmarks = (self.query_landmarks, self.key_landmarks, self.landmark_bias)
         operands = (self.query, self.key, value, *landmarks, key_bias, key_quadratic)

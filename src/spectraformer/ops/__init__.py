@@ -224,7 +224,6 @@ def choose_backend(
     positive: bool = True,
     trigonometric: bool = False,
     is_causal: bool = False,
-    features: int | None = None,
 ) -> str:
     """The backend that will run: "triton", "cpu" or "torch".
 
@@ -236,7 +235,6 @@ def choose_backend(
         positive: Whether features are positive.
         trigonometric: Whether they are cosines and sines, which have kernels of their own on a GPU.
         is_causal: Whether attention is causal.
-        features: How many there are, f.
 
     Raises:
         ValueError: If the name is unknown, or a backend named explicitly cannot run; with every reason.
@@ -253,7 +251,7 @@ def choose_backend(
         elif waves:
             reasons = trigonometric_kernels.refusals(query, key, value)
         elif is_causal:
-            reasons = causal_kernels.refusals(query, key, value, features)
+            reasons = causal_kernels.refusals(query, key, value)
         else:
             reasons = kernels.refusals(query, key, value)
         if not positive and not waves:

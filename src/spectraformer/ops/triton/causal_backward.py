@@ -30,7 +30,6 @@ from spectraformer.ops.triton.causal_steep_backward import steep_key_backward_ke
 from spectraformer.ops.triton.configurations import Configuration, split
 from spectraformer.ops.triton.launch import Launch, padded_dim, strides
 
-
 # Up to this head and value dim one kernel finds gradients of keys and of values.
 JOINT_DIM = 64
 
@@ -199,8 +198,17 @@ def plan_backward(
         launch, part = (None, None) if logits is None else _of_landmarks(tokens, bias, logits, h, precision)
         launches += [] if launch is None else [launch]
         of_landmarks.append(part)
-    others = (arguments[f"grad_{x}"] for x in ("landmark_bias", "key_bias", "key_quadratic"))
-    return launches, Gradients(grad_query, grad_key, grad_value, *of_landmarks, *others, of_sums)
+    return launches, Gradients(
+        query=grad_query,
+        key=grad_key,
+        value=grad_value,
+        query_landmarks=of_landmarks[0],
+        key_landmarks=of_landmarks[1],
+        landmark_bias=arguments["grad_landmark_bias"],
+        key_bias=arguments["grad_key_bias"],
+        key_quadratic=arguments["grad_key_quadratic"],
+        sums=of_sums,
+    )
 
 
 def _of_landmarks(

@@ -38,28 +38,25 @@ def store_key_gradients(
     D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk, with what its squared keys add, given those of their logits summed over landmarks."""
-    if grad_key is not None and key_quadratic is not None:
-        column = tl.arange(0, D_PADDED)
-        # Once more, rather than in registers all along; unlike the first time, or the compiler takes it for the same.
-        k = tl.load(
-            key + row[:, None] * key_row + column[None, :],
-            mask=present[:, None] & (column < D)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        wide = k.to(tl.float32)
-        quadratic = tl.load(key_quadratic + column, mask=column < D, other=0.0)
-        dk += 2 * dt[:, None] * quadratic[None, :] * wide
-        if grad_key_quadratic is not None:
-            tl.store(
-                grad_key_quadratic + place * D + column, tl.sum(dt[:, None] * wide * wide, 0), mask=column < D
-            )  # fmt: skip
-    if grad_key_bias is not None:
-        tl.store(grad_key_bias + token + row, dt, mask=row < rows)
-    if grad_key is not None:
-        store_tile(grad_key + token * D, row, D, rows, dk, D, D_PADDED)
     if grad_value is not None:
         store_tile(grad_value + token * E, row, E, rows, dv, E, E_PADDED)
+    if grad_key is not None:
+        if grad_key_bias is not None:
+            tl.store(grad_key_bias + token + row, dt, mask=row < rows)
+        if key_quadratic is not None:
+            column = tl.arange(0, D_PADDED)
+            # Once more, rather than in registers all along; marked, or the compiler takes it for the first time.
+            k = tl.load(
+                key + row[:, None] * key_row + column[None, :],
+                mask=present[:, None] & (column < D)[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            ).to(tl.float32)
+            dk += 2 * dt[:, None] * tl.load(key_quadratic + column, mask=column < D, other=0.0)[None, :] * k
+            if grad_key_quadratic is not None:
+                of_quadratic = tl.sum(dt[:, None] * k * k, 0)
+                tl.store(grad_key_quadratic + place * D + column, of_quadratic, mask=column < D)
+        store_tile(grad_key + token * D, row, D, rows, dk, D, D_PADDED)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -79,8 +76,8 @@ def chunk_key_backward_kernel(
     delta,  # (b h g, n) float32
     suffix_value,  # (b h, chunks, m, e)
     suffix_delta,  # (b h, chunks, m) float32
-    grad_key,  # (b h, n, d), or None: gradients of keys by one launch, those of values by another, each with half the tiles
-    grad_value,  # (b h, n, e), or None
+    grad_key,  # (b h, n, d), or None where another launch fills it
+    grad_value,  # (b h, n, e), or None likewise
     grad_key_bias,  # (b h, n) float32, or None
     grad_key_quadratic,  # (b h, chunks, d) float32, or None
     grad_key_logits,  # (b h, n, m), or None
@@ -167,8 +164,9 @@ def chunk_key_backward_kernel(
         of_landmark = load_landmark_weight(landmark_bias, reference, landmark, M)
         if ONE_GROUP:
             ds, dv = _add_queries(
-                query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows,
-                query_row, grad_row, grad_key is not None, grad_value is not None, M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
+                query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv,
+                row, rows, query_row, grad_row, grad_key is not None, grad_value is not None,
+                M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
             )  # fmt: skip
         else:
             for group in range(groups):
@@ -176,7 +174,8 @@ def chunk_key_backward_kernel(
                 ds, dv = _add_queries(
                     query + index * query_head, grad + index * grad_head, query_log_sum + index * n,
                     delta + index * n, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows,
-                    query_row, grad_row, grad_key is not None, grad_value is not None, M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
+                    query_row, grad_row, grad_key is not None, grad_value is not None,
+                    M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
                 )  # fmt: skip
         left = load_tile(suffix_value, landmark, E, M, E, E_PADDED)
         left_delta = tl.load(suffix_delta + landmark, mask=inside, other=0.0)
@@ -203,8 +202,9 @@ def chunk_key_backward_kernel(
 
 @triton.jit
 def _add_queries(
-    query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows, query_row, grad_row,
-    OF_KEY: tl.constexpr, OF_VALUE: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows,
+    query_row, grad_row, OF_KEY: tl.constexpr, OF_VALUE: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """What the chunk's queries of one head add to the gradients of its keys, by one block of landmarks."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_chunks import chunk_state_kernel, round_kernel
-from spectraformer.ops.triton.causal_configurations import choose
+from spectraformer.ops.triton.causal_configurations import PASSES, choose
 from spectraformer.ops.triton.causal_forward import chunk_output_kernel
 from spectraformer.ops.triton.causal_scan import scan_kernel
 from spectraformer.ops.triton.causal_steep import steep_output_kernel
@@ -66,8 +66,6 @@ def cut(key: Tensor, value: Tensor, landmarks: int, given: dict[str, Configurati
         landmarks: Number of landmarks m.
         given: Configurations by name of pass, in place of the table's; all of one chunk.
     """
-    from spectraformer.ops.triton.causal_configurations import PASSES
-
     n, d, e = key.shape[2], key.shape[3], value.shape[-1]
     chosen = {x: choose(x, key.dtype, max(d, e), landmarks) for x in PASSES} | (given or {})
     chunk = chosen[PASSES[0]].tokens

@@ -72,10 +72,12 @@ def scan_kernel(
         top *= LOG2_E
         total = tl.load(sums + landmark * sums_row + E, mask=inside, other=0.0)
         s = tl.load(sums + landmark[:, None] * sums_row + column[None, :], mask=tile, other=0.0)
+    last = tl.cast(chunks, tl.int64)
     worst = tl.full((ROWS,), float("-inf"), tl.float32)
     steepest += flat * (chunks + 1) * ROW_BLOCKS + row_block
     log_sum += flat * (chunks + 1) * M
     for chunk in tl.range(0, chunks, num_stages=STAGES):
+        at = tl.cast(chunk, tl.int64)
         place = (flat * chunks + chunk) * M
         peak = tl.load(part_peak + place + landmark, mask=inside, other=float("-inf"))
         gained = tl.load(part_total + place + landmark, mask=inside, other=0.0)
@@ -85,11 +87,11 @@ def scan_kernel(
         before = (s * (1.0 / positive(total))[:, None]).to(entering_mean.dtype.element_ty)
         tl.store(entering_mean + place * E + offset, before, mask=tile)
         entering = log_sum_exp(top, total)
-        tl.store(log_sum + chunk * M + landmark, entering, mask=mine)
+        tl.store(log_sum + at * M + landmark, entering, mask=mine)
         rise = peak - tl.where(entering == float("-inf"), alone, entering)
         rise = tl.where(peak == float("-inf"), float("-inf"), rise)
         worst = tl.maximum(worst, rise)
-        tl.store(steepest + chunk * ROW_BLOCKS, tl.max(rise, 0), mask=column_block == 0)
+        tl.store(steepest + at * ROW_BLOCKS, tl.max(rise, 0), mask=column_block == 0)
 
         higher = tl.maximum(top, peak)
         shrink = tl.exp2(top - finite(higher))
@@ -97,8 +99,8 @@ def scan_kernel(
         s = s * shrink[:, None] + mean * gained[:, None]
         total = total * shrink + gained
         top = higher
-    tl.store(steepest + chunks * ROW_BLOCKS, tl.max(worst, 0), mask=column_block == 0)
-    tl.store(log_sum + chunks * M + landmark, log_sum_exp(top, total), mask=mine)
+    tl.store(steepest + last * ROW_BLOCKS, tl.max(worst, 0), mask=column_block == 0)
+    tl.store(log_sum + last * M + landmark, log_sum_exp(top, total), mask=mine)
     tl.store(log_scale_after + flat * M + landmark, top * LN_2, mask=mine)
     sums_after += flat * M * (E + 1)
     tl.store(sums_after + landmark * (E + 1) + E, total, mask=mine)
@@ -146,13 +148,13 @@ def reverse_scan_kernel(
     if grad_sums_after is not None:
         grad_sums_after += flat * M * (E + 1)
         scale = tl.load(log_scale_after + flat * M + landmark, mask=inside, other=0.0) * LOG2_E
-        after = tl.load(log_sum + chunks * M + landmark, mask=inside, other=float("-inf"))
+        after = tl.load(log_sum + tl.cast(chunks, tl.int64) * M + landmark, mask=inside, other=float("-inf"))
         weight = tl.exp2(after - finite(scale))
         value = tl.load(grad_sums_after + landmark[:, None] * (E + 1) + column[None, :], mask=tile, other=0.0)
         value *= weight[:, None]
         delta = -weight * tl.load(grad_sums_after + landmark * (E + 1) + E, mask=inside, other=0.0)
     for i in tl.range(0, chunks * groups, num_stages=STAGES):
-        chunk, group = chunks - 1 - i // groups, i % groups
+        chunk, group = tl.cast(chunks - 1 - i // groups, tl.int64), i % groups
         piece = ((flat * chunks + chunk) * groups + group) * M
         more = tl.load(grad_mean + piece * E + offset, mask=tile, other=0.0).to(tl.float32)
         more_delta = tl.load(grad_delta + piece + landmark, mask=inside, other=0.0)
