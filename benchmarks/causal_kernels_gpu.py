@@ -6,9 +6,11 @@ forward: times of the forward alone. tiles: every kernel with other tiles, at N 
 Kernels compile in processes side by side first, into Triton's cache on disk: that is most of the minute.
 """
 
+import contextlib
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -163,7 +165,7 @@ def times(forward_only=False):
             )
 
 
-def launches_of(operands, grad, configurations=None):
+def launches_of(operands, grad, configurations=None, run=True):
     options = {"precision": "tf32x3", "configurations": configurations}
     launches, (out, log_scale, _, *kept) = plan_forward(*operands, None, None, needs_backward=True, **options)
     if grad is not None:
@@ -172,7 +174,7 @@ def launches_of(operands, grad, configurations=None):
         wanted = Wanted(*[False] * 6)
         backward, _ = plan_backward(grad, None, *operands, None, None, out, log_scale, *kept, wanted=wanted, **options)
         launches = launches + backward
-    for launch in launches:
+    for launch in launches if run else []:
         launch.run()
     return launches
 
@@ -195,29 +197,42 @@ def decode():
             )
 
 
+# Chunk, and the tile of all passes but that of states, whose tokens are the chunk.
 TILES = [
-    Configuration(block, tokens, warps, 1, registers=registers)
+    (chunk, Configuration(block, tokens, warps, 1, registers=registers))
+    for chunk in (64, 128, 256)
     for tokens in (64, 128)
     for block, warps in ((64, 4), (128, 4), (64, 8), (128, 8))
     for registers in (None, 128, 168)
-    if not (registers == 168 and warps == 8) and block * tokens <= 4096 * warps
+    if not (registers == 168 and warps == 8)
+    and block * tokens <= 4096 * warps / 2 * (2 if warps == 4 else 1)
+    and (tokens == 64 or (chunk >= 128 and warps == 8))
+    and (chunk < 256 or registers is None)
 ]
 
 
+def configurations_of(chunk, tile):
+    return dict.fromkeys(PASSES, tile) | {"chunk_states": tile._replace(tokens=chunk)}
+
+
 def tiles(d, m):
-    """Ps of every kernel with one tile for all of them, at N = 8k."""
+    """Picoseconds of every kernel with one tile for all of them, at N = 8k."""
     operands, _ = operands_of(8, 8, 1, 8192, d, d, m, BFLOAT, {})
     grad = torch.randn_like(operands[2])
-    for tile in TILES:
+    for chunk, tile in TILES:
+        shown = f"{d},{m} chunk {chunk} tile {tile.landmarks}x{tile.tokens} warps {tile.warps} regs {tile.registers}"
+        found = {}
         try:
-            found = {
-                x.kernel.__name__.removesuffix("_kernel"): round(median_ps(x.run, 64 * 8192, 5))
-                for x in launches_of(operands, grad, dict.fromkeys(PASSES, tile))
-                if "chunk" in x.kernel.__name__ or "scan" in x.kernel.__name__
-            }
-            print(d, m, tile[:4], tile.registers, found, flush=True)
+            for x in launches_of(operands, grad, configurations_of(chunk, tile), run=False):
+                name = x.kernel.__name__.removesuffix("_kernel").removeprefix("chunk_")
+                if name != "round" and "steep" not in name:
+                    try:
+                        found[name] = found.get(name, 0) + round(median_ps(x.run, 64 * 8192, 5))
+                    except Exception as error:
+                        found[name] = type(error).__name__
         except Exception as error:
-            print(d, m, tile[:4], tile.registers, type(error).__name__, str(error)[:80], flush=True)
+            found = f"{type(error).__name__} {error}"[:80]
+        print(shown, found, flush=True)
 
 
 def warm(name):
@@ -228,7 +243,9 @@ def warm(name):
     d, m, what, *tile = name.split(",")
     operands, _ = operands_of(8, 8, 1, 8192, int(d), int(d), int(m), BFLOAT, {}, grad=what in "01")
     if what == "tile":
-        launches_of(operands, operands[2], dict.fromkeys(PASSES, TILES[int(tile[0])]))
+        for launch in launches_of(operands, operands[2], configurations_of(*TILES[int(tile[0])]), run=False):
+            with contextlib.suppress(Exception):
+                launch.run()
         return
     with torch.no_grad():
         causal.causal_landmark_attention(*operands)
@@ -239,6 +256,11 @@ def warm(name):
         x.requires_grad_()
     out, _ = causal.causal_landmark_attention(*operands)
     torch.autograd.grad(out, [x for x in operands if x is not None and x.requires_grad], torch.randn_like(out))
+
+
+def warm_apart(name):
+    nowhere = subprocess.DEVNULL
+    subprocess.run([sys.executable, __file__, "warm", name], stdout=nowhere, stderr=nowhere, check=False)
 
 
 def main(what, *shapes):
@@ -252,12 +274,8 @@ def main(what, *shapes):
         "forward": [f"{d},{m},forward" for d, m in SHAPES],
         "tiles": [f"{d},{m},tile,{i}" for d, m in shapes for i in range(len(TILES))],
     }[what]
-    running = [
-        subprocess.Popen([sys.executable, __file__, "warm", x], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for x in names
-    ]
-    for process in running:
-        process.wait()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(warm_apart, names))
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
     good = True
     if what in ("all", "check"):

@@ -22,9 +22,7 @@ pytestmark = [
 SHARED_MEMORY = 233_472  # bytes of a multiprocessor of compute capability 9.0, 1024 of them for each program
 REGISTERS = 65_536  # of a multiprocessor
 # Head dim, landmarks: bytes kept outside registers by a thread of the backward of queries, of keys or values.
-MAX_SPILLS = {(64, 128): (60, 240), (32, 128): (20, 160), (128, 256): (20, 180)}
-# Warps that share a multiprocessor, in kernels of all chunks.
-WARPS = {(64, 128): 12, (32, 128): 12, (128, 256): 8}
+MAX_SPILLS = {(64, 128): (20, 40), (32, 128): (20, 60), (128, 256): (300, 480)}
 CHUNK = {"chunk_state_kernel", "chunk_output_kernel", "chunk_query_backward_kernel", "chunk_key_backward_kernel"}
 STEEP = {"steep_output_kernel", "steep_query_backward_kernel", "steep_key_backward_kernel"}
 OTHER = {"round_kernel", "scan_kernel", "reverse_scan_kernel"}
@@ -41,14 +39,14 @@ def test_kernels_compile_for_hopper_onto_tensor_cores_and_mostly_into_registers(
     found = [x for x in compiled[str(shape)] if x["kernel"] not in STEEP]
     assert {x["kernel"] for x in found} == CHUNK | OTHER
     queries, keys = MAX_SPILLS[shape]
-    spills = {"chunk_query_backward_kernel": queries, "chunk_key_backward_kernel": keys, "chunk_output_kernel": 20}
+    spills = {"chunk_query_backward_kernel": queries, "chunk_key_backward_kernel": keys, "chunk_output_kernel": 80}
     for x in found:
         assert x["spills"] <= spills.get(x["kernel"], 0), x
         assert x["serialized"] == [], x
         if x["kernel"] in CHUNK:
             warps = min(REGISTERS // (32 * x["registers"]), SHARED_MEMORY // (x["shared"] + 1024) * x["warps"])
             assert x["matrix"] > 0, x
-            assert warps - warps % x["warps"] >= WARPS[shape] - 4 * (x["kernel"] == "chunk_key_backward_kernel"), x
+            assert warps - warps % x["warps"] >= 8, x
         # Scans wait for memory unless loads are under way before they are wanted.
         assert x["copies"] > 0 or "scan" not in x["kernel"], x
 

@@ -53,9 +53,9 @@ class Gradients(NamedTuple):
     value: Tensor  # (b, h, n, e)
     query_landmarks: Tensor | None  # (b, h, g pieces, m, d) float32
     key_landmarks: Tensor | None  # (b, h, pieces, m, d) float32
-    landmark_bias: Tensor | None  # (b, h, chunks g, m) float32
+    landmark_bias: Tensor | None  # (b, h, chunks g tiles, m) float32
     key_bias: Tensor | None  # (b, h, 1, n) float32
-    key_quadratic: Tensor | None  # (b, h, chunks, d) float32
+    key_quadratic: Tensor | None  # (b, h, chunks tiles, d) float32
     sums: Tensor | None  # (b, h, m, e + 1) float32
 
 
@@ -129,6 +129,12 @@ def plan_backward(
     launches, arguments = of_inputs(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, found
     )
+    of_queries, of_keys = (found.configurations[x] for x in ("chunk_queries_backward", "chunk_keys_backward"))
+    fixed, fixed_keys = (compile_time(x, found, m, d, e, precision, key.dtype) for x in (of_queries, of_keys))
+    fixed_keys["ONE_GROUP"] = groups == 1
+    # A piece is a tile of queries of one head.
+    pieces = groups * fixed["TILES"]
+    whole = {"TOKENS": found.chunk}
     grad_query, grad_key, grad_value = new(query.shape), new(key.shape), new(value.shape)
     of_sums = floats(b, h, m, e + 1, given=wanted.sums)
     arguments |= {
@@ -144,8 +150,8 @@ def plan_backward(
         "log_scale_after": log_scale_after,
         "grad_sums_after": grad_sums,
         "delta": floats(b * query_heads, n),
-        "grad_mean": products(b * h, chunks, groups, m, e),
-        "grad_delta": floats(b * h, chunks, groups, m),
+        "grad_mean": products(b * h, chunks, pieces, m, e),
+        "grad_delta": floats(b * h, chunks, pieces, m),
         "suffix_value": products(b * h, chunks, m, e),
         "suffix_delta": floats(b * h, chunks, m),
         "grad_query": grad_query,
@@ -153,15 +159,13 @@ def plan_backward(
         "grad_value": grad_value,
         "grad_query_logits": products(b * query_heads, n, m, given=wanted.query_landmarks),
         "grad_key_logits": products(b * h, n, m, given=wanted.key_landmarks),
-        "grad_landmark_bias": floats(b, h, chunks * groups, m, given=wanted.landmark_bias),
+        "grad_landmark_bias": floats(b, h, chunks * pieces, m, given=wanted.landmark_bias),
         "grad_key_bias": floats(b, h, 1, n, given=wanted.key_bias),
-        "grad_key_quadratic": floats(b, h, chunks, d, given=wanted.key_quadratic),
+        "grad_key_quadratic": floats(b, h, chunks * fixed_keys["TILES"], d, given=wanted.key_quadratic),
         "grad_sums": of_sums,
         "spread": min(SPREAD, chunks),
+        "pieces": pieces,
     }
-    of_queries, of_keys = (found.configurations[x] for x in ("chunk_queries_backward", "chunk_keys_backward"))
-    fixed, fixed_keys = (compile_time(x, found, m, d, e, precision, key.dtype) for x in (of_queries, of_keys))
-    fixed_keys["ONE_GROUP"] = groups == 1
     spread = arguments["spread"]
     scans = b * h * found.row_blocks * found.column_blocks
     # Accumulators of both do not fit into registers beyond head dim 64.
@@ -169,18 +173,18 @@ def plan_backward(
     launches += [
         launch_of(
             chunk_query_backward_kernel,
-            b * query_heads * chunks,
+            b * h * chunks * pieces,
             arguments,
             fixed,
             of_queries.warps,
             of_queries.registers,
         ),
-        launch_of(steep_query_backward_kernel, b * query_heads * spread, arguments, fixed, STEEP_WARPS),
+        launch_of(steep_query_backward_kernel, b * query_heads * spread, arguments, fixed | whole, STEEP_WARPS),
         launch_of(reverse_scan_kernel, scans, arguments, fixed | {"STAGES": SCAN_STAGES}, SCAN_WARPS),
         *[
             launch_of(
                 chunk_key_backward_kernel,
-                b * h * chunks,
+                b * h * chunks * fixed_keys["TILES"],
                 arguments | one,
                 fixed_keys,
                 of_keys.warps,
@@ -188,7 +192,7 @@ def plan_backward(
             )
             for one in alone
         ],
-        launch_of(steep_key_backward_kernel, b * h * spread, arguments, fixed, STEEP_WARPS),
+        launch_of(steep_key_backward_kernel, b * h * spread, arguments, fixed_keys | whole, STEEP_WARPS),
     ]
     of_landmarks: list[Tensor | None] = []
     for tokens, bias, logits in (

@@ -19,19 +19,43 @@ from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_t
 
 @triton.jit(do_not_specialize=SIZES)
 def round_kernel(
-    landmarks,  # (b | 1, h | 1, m, d) float32
-    rounded,  # the same dense, in the dtype of the keys
-    batch,
-    head,
-    row,
-    heads,
+    query_landmarks,  # (b | 1, h | 1, m, d) float32
+    key_landmarks,  # likewise
+    rounded_query_landmarks,  # the same dense, in the dtype of the keys
+    rounded_key_landmarks,
+    query_landmarks_batch,
+    query_landmarks_head,
+    query_landmarks_row,
+    key_landmarks_batch,
+    key_landmarks_head,
+    key_landmarks_row,
+    query_heads,
+    key_heads,
+    of_queries,  # programs for landmarks of queries; the others are for those of keys
     M: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROUND_ROWS: tl.constexpr,
 ):
     """Landmarks as products take them: every chunk reads them again, so half the bytes count."""
     program = tl.program_id(0)
+    if program < of_queries:
+        _round(
+            query_landmarks, rounded_query_landmarks, query_landmarks_batch, query_landmarks_head, query_landmarks_row,
+            query_heads, program, M, D, D_PADDED, ROUND_ROWS,
+        )  # fmt: skip
+    else:
+        _round(
+            key_landmarks, rounded_key_landmarks, key_landmarks_batch, key_landmarks_head, key_landmarks_row,
+            key_heads, program - of_queries, M, D, D_PADDED, ROUND_ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _round(
+    landmarks, rounded, batch, head, row, heads, program,
+    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     landmark = (program % tl.cdiv(M, ROWS)) * ROWS + tl.arange(0, ROWS)
     flat = tl.cast(program // tl.cdiv(M, ROWS), tl.int64)
     x = load_tile(landmarks + (flat // heads) * batch + (flat % heads) * head, landmark, row, M, D, D_PADDED)

@@ -6,7 +6,7 @@ import torch
 
 from spectraformer.ops.triton.configurations import Configuration, bucket
 
-# The chunk is the tokens of the first; all passes work on the same chunks, whatever their own entry says.
+# The chunk is the tokens of the first; others cut it into tiles of their own tokens.
 PASSES = (
     "chunk_states",  # keys of a chunk into a state
     "chunk_outputs",  # queries of a chunk from the state that enters and its keys
@@ -18,22 +18,19 @@ LANDMARKS = (64, 128, 256)
 
 
 def _sixteen_bit(d: int, m: int) -> dict[str, Configuration]:
-    """Read off the compiler for sm_90: little outside registers, and as many programs a processor as fit."""
-    block = min(m, 128)
+    """Read off the compiler for sm_90: little outside registers, and as many programs a processor as fit.
+
+    States are most of the traffic, so chunks are long; tiles of 64 tokens keep what a program holds small.
+    """
+    tile = Configuration(64, 64, 4, 1)
     if d == 256:
-        wide = Configuration(64, 64, 8, 1)
+        wide = tile._replace(warps=8)
         return {**dict.fromkeys(PASSES, wide), "chunk_queries_backward": wide._replace(landmarks=32)}
-    if d == 128:
-        backward = Configuration(block, 64, 8, 1)
-        outputs = Configuration(64, 64, 4, 1)
-    else:
-        # 168 registers let three programs of four warps share a processor, 128 two of eight.
-        few = Configuration(64, 64, 4, 1, registers=168)
-        backward = few if m == 64 else Configuration(128, 64, 8, 1, registers=128)
-        outputs = few if m > 128 else few._replace(landmarks=block)
+    backward = tile if m == 64 and d <= 64 else Configuration(min(m, 128), 64, 8, 1)
     return {
-        "chunk_states": Configuration(64, 64, 4, 1),
-        "chunk_outputs": outputs,
+        "chunk_states": Configuration(64, 128, 8 if d == 128 else 4, 1),
+        # 168 registers let three programs share a processor.
+        "chunk_outputs": tile if d == 128 else tile._replace(registers=168),
         "chunk_queries_backward": backward,
         "chunk_keys_backward": backward,
     }
@@ -61,4 +58,4 @@ def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Conf
     """
     table = THIRTY_TWO_BIT if dtype == torch.float32 else SIXTEEN_BIT
     row = table[bucket(head_dim, HEAD_DIMS), bucket(landmarks, LANDMARKS)]
-    return row[name]._replace(tokens=row[PASSES[0]].tokens)
+    return row[name]._replace(tokens=min(row[name].tokens, row[PASSES[0]].tokens))

@@ -73,22 +73,26 @@ def chunk_output_kernel(
     BLOCKS: tl.constexpr,
     LANDMARKS: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """One chunk of one query head, tokens along the rows; blocks of landmarks under a running maximum."""
+    """One tile of queries of a chunk, along the rows; blocks of landmarks under a running maximum."""
     program = tl.program_id(0)
-    group = tl.cast(program % groups, tl.int64)
-    chunk = (program // groups) % chunks
-    flat = tl.cast(program // (groups * chunks), tl.int64)
+    tile = TILES - 1 - program % TILES  # the longest first
+    group = tl.cast((program // TILES) % groups, tl.int64)
+    chunk = (program // (TILES * groups)) % chunks
+    flat = tl.cast(program // (TILES * groups * chunks), tl.int64)
     batch, head = flat // heads, flat % heads
-    start, place = chunk * TOKENS, flat * chunks + chunk
+    start, place = (chunk * TILES + tile) * TOKENS, flat * chunks + chunk
+    if start >= n:
+        return
     offset = tl.cast(start, tl.int64)
     # Query heads of a key head follow one another.
     query += batch * query_batch + (head * groups + group) * query_head + offset * query_row
     key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head + offset * value_row
+    value += batch * value_batch + head * value_head
     query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
     key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
     landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
@@ -102,20 +106,16 @@ def chunk_output_kernel(
 
     row = tl.arange(0, TOKENS)
     rows = n - start
-    k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
     q = load_tile(query, row, query_row, rows, D, D_PADDED)
     top = tl.full((TOKENS,), float("-inf"), tl.float32)
     mass = tl.zeros((TOKENS,), tl.float32)
     mean = tl.zeros((TOKENS, E_PADDED), tl.float32)
-    scores = tl.zeros((TOKENS, TOKENS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         landmark = block * LANDMARKS + tl.arange(0, LANDMARKS)
-        w = load_tile(key_landmarks, landmark, D, M, D, D_PADDED)
         u = load_tile(query_landmarks, landmark, D, M, D, D_PADDED)
         o = load_tile(entering_mean, landmark, E, M, E, E_PADDED)
+        w = load_tile(key_landmarks, landmark, D, M, D, D_PADDED)
         reference, held = load_reference(log_sum, first, landmark, M)
-        features = tl.dot(k, tl.trans(w), input_precision=PRECISION) * LOG2_E - reference[None, :]
-        features = tl.exp2(features + weight[:, None]).to(PRODUCT)
         logits = tl.dot(q, tl.trans(u), input_precision=PRECISION) * LOG2_E
         logits += load_landmark_weight(landmark_bias, reference, landmark, M)[None, :]
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -124,17 +124,21 @@ def chunk_output_kernel(
             shrink = tl.exp2(top - finite(higher))
             mass *= shrink
             mean *= shrink[:, None]
-            scores *= shrink[:, None]
         mass += tl.sum(p * held[None, :], 1)
         p = p.to(PRODUCT)
-        scores = tl.dot(p, tl.trans(features), scores, input_precision=PRECISION)
         mean = tl.dot(p, o, mean, input_precision=PRECISION)
         top = higher
+        for before in tl.range(0, tile + 1, num_stages=1):
+            at = start - before * TOKENS
+            k, weight, present = load_keys(key, key_bias, key_quadratic, at, key_row, row, n - at, D, D_PADDED)
+            features = tl.dot(k, tl.trans(w), input_precision=PRECISION) * LOG2_E - reference[None, :]
+            features = tl.exp2(features + weight[:, None]).to(PRODUCT)
+            scores = tl.dot(p, tl.trans(features), input_precision=PRECISION)
+            scores = tl.where(row[:, None] + before * TOKENS >= row[None, :], scores, 0.0)
+            mass += tl.sum(scores, 1)
+            v = load_rows(value + tl.cast(at, tl.int64) * value_row, row, value_row, present, E, E_PADDED)
+            mean = tl.dot(scores.to(PRODUCT), v.to(PRODUCT), mean, input_precision=PRECISION)
 
-    v = load_rows(value, row, value_row, present, E, E_PADDED)
-    scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
-    mass += tl.sum(scores, 1)
-    mean = tl.dot(scores.to(PRODUCT), v.to(PRODUCT), mean, input_precision=PRECISION)
     # A query without any key: 0.
     store_tile(
         out + ((flat * groups + group) * n + start) * E, row, E, rows, mean * (1.0 / positive(mass))[:, None],

@@ -79,7 +79,7 @@ def chunk_key_backward_kernel(
     grad_key,  # (b h, n, d), or None where another launch fills it
     grad_value,  # (b h, n, e), or None likewise
     grad_key_bias,  # (b h, n) float32, or None
-    grad_key_quadratic,  # (b h, chunks, d) float32, or None
+    grad_key_quadratic,  # (b h, chunks, tiles, d) float32, or None
     grad_key_logits,  # (b h, n, m), or None
     query_batch,
     query_head,
@@ -116,19 +116,21 @@ def chunk_key_backward_kernel(
     BLOCKS: tl.constexpr,
     LANDMARKS: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """One chunk of one key head, keys along the rows."""
+    """One tile of keys of a chunk, landmarks along the rows; queries of the chunk from that tile on."""
     program = tl.program_id(0)
-    chunk = program % chunks
-    flat = tl.cast(program // chunks, tl.int64)
+    tile = program % TILES
+    chunk = (program // TILES) % chunks
+    flat = tl.cast(program // (TILES * chunks), tl.int64)
     batch, head = flat // heads, flat % heads
-    start, place = chunk * TOKENS, flat * chunks + chunk
+    start, place = (chunk * TILES + tile) * TOKENS, flat * chunks + chunk
     offset = tl.cast(start, tl.int64)
-    query += batch * query_batch + head * groups * query_head + offset * query_row
-    grad += batch * grad_batch + head * groups * grad_head + offset * grad_row
+    query += batch * query_batch + head * groups * query_head
+    grad += batch * grad_batch + head * groups * grad_head
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head + offset * value_row
     query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
@@ -142,8 +144,8 @@ def chunk_key_backward_kernel(
     first += place * M
     suffix_value += place * M * E
     suffix_delta += place * M
-    query_log_sum += flat * groups * n + start
-    delta += flat * groups * n + start
+    query_log_sum += flat * groups * n
+    delta += flat * groups * n
     token = flat * n + start
 
     row = tl.arange(0, TOKENS)
@@ -162,21 +164,17 @@ def chunk_key_backward_kernel(
         features = tl.exp2(features + weight[None, :]).to(PRODUCT)
         ds = tl.zeros((LANDMARKS, TOKENS), tl.float32)
         of_landmark = load_landmark_weight(landmark_bias, reference, landmark, M)
-        if ONE_GROUP:
+        tiles = TILES - tile
+        for i in tl.range(0, tiles if ONE_GROUP else tiles * groups, num_stages=1):
+            group, shift = tl.cast(i // tiles, tl.int64), (i % tiles) * TOKENS
+            at = tl.cast(start + shift, tl.int64)
             ds, dv = _add_queries(
-                query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv,
-                row, rows, query_row, grad_row, grad_key is not None, grad_value is not None,
+                query + group * query_head + at * query_row, grad + group * grad_head + at * grad_row,
+                query_log_sum + group * n + at, delta + group * n + at,
+                query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows - shift, shift,
+                query_row, grad_row, grad_key is not None, grad_value is not None,
                 M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
             )  # fmt: skip
-        else:
-            for group in range(groups):
-                index = tl.cast(group, tl.int64)
-                ds, dv = _add_queries(
-                    query + index * query_head, grad + index * grad_head, query_log_sum + index * n,
-                    delta + index * n, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows,
-                    query_row, grad_row, grad_key is not None, grad_value is not None,
-                    M, D, E, D_PADDED, E_PADDED, PRECISION, PRODUCT,
-                )  # fmt: skip
         left = load_tile(suffix_value, landmark, E, M, E, E_PADDED)
         left_delta = tl.load(suffix_delta + landmark, mask=inside, other=0.0)
         if grad_value is not None:
@@ -195,14 +193,14 @@ def chunk_key_backward_kernel(
                 )
     store_key_gradients(
         grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, key + offset * key_row, key_row,
-        present, dk, dv, dt, place, token, row, rows,
+        present, dk, dv, dt, place * TILES + tile, token, row, rows,
         D, E, D_PADDED, E_PADDED,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_queries(
-    query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows,
+    query, grad, query_log_sum, delta, query_landmarks, landmark, of_landmark, features, v, ds, dv, row, rows, shift,
     query_row, grad_row, OF_KEY: tl.constexpr, OF_VALUE: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
@@ -218,10 +216,10 @@ def _add_queries(
     p = tl.exp2(logits + of_landmark[:, None] - normaliser[None, :]).to(PRODUCT)
     if OF_VALUE:
         scores = tl.dot(tl.trans(features), p, input_precision=PRECISION)
-        scores = tl.where(row[:, None] <= row[None, :], scores, 0.0).to(PRODUCT)
+        scores = tl.where(row[:, None] <= row[None, :] + shift, scores, 0.0).to(PRODUCT)
         dv = tl.dot(scores, do, dv, input_precision=PRECISION)
     if OF_KEY:
         pairs = tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None]
-        pairs = tl.where(row[:, None] >= row[None, :], pairs, 0.0).to(PRODUCT)
+        pairs = tl.where(row[:, None] + shift >= row[None, :], pairs, 0.0).to(PRODUCT)
         ds = tl.dot(p, pairs, ds, input_precision=PRECISION)
     return ds, dv

@@ -109,24 +109,28 @@ def compile_time(
         "ROW_BLOCKS_PADDED": triton.next_power_of_2(found.row_blocks),
         "COLUMN_BLOCKS": found.column_blocks,
         "QUERIES": queries,
+        "TILES": found.chunk // chosen.tokens,
     }
 
 
-def rounded(landmarks: Tensor, dtype: torch.dtype, name: str) -> tuple[Launch, dict[str, Any]]:
+def rounded(query_landmarks: Tensor, key_landmarks: Tensor, dtype: torch.dtype) -> tuple[Launch, dict[str, Any]]:
     """What makes landmarks dense and of the dtype of the keys, and the arguments they become."""
-    b, h, m, d = landmarks.shape
-    dense = landmarks.new_empty(landmarks.shape, dtype=dtype)
+    given = {"query_landmarks": query_landmarks, "key_landmarks": key_landmarks}
+    dense = {name: x.new_empty(x.shape, dtype=dtype) for name, x in given.items()}
+    m, d = query_landmarks.shape[-2:]
     rows = max(1, 2048 // padded_dim(d))
-    found = strides(landmarks=landmarks)
+    of_queries, of_keys = (x.shape[0] * x.shape[1] * -(-m // rows) for x in given.values())
     launch = Launch(
         round_kernel,
-        b * h * -(-m // rows),
-        {"landmarks": landmarks, "rounded": dense, "heads": h}
-        | {x: found[f"landmarks_{x}"] for x in ("batch", "head", "row")},
-        {"M": m, "D": d, "D_PADDED": padded_dim(d), "ROWS": rows},
+        of_queries + of_keys,
+        given
+        | {f"rounded_{name}": x for name, x in dense.items()}
+        | strides(**given)
+        | {"query_heads": query_landmarks.shape[1], "key_heads": key_landmarks.shape[1], "of_queries": of_queries},
+        {"M": m, "D": d, "D_PADDED": padded_dim(d), "ROUND_ROWS": rows},
         4,
     )
-    return launch, {name: dense} | {x: y for x, y in strides(**{name: dense}).items() if not x.endswith("_row")}
+    return launch, dense | {name: x for name, x in strides(**dense).items() if not name.endswith("_row")}
 
 
 def of_inputs(
@@ -141,8 +145,7 @@ def of_inputs(
     found: Cut,
 ) -> tuple[list[Launch], dict[str, Any]]:
     """What rounds the landmarks, and the arguments that kernels of both directions take."""
-    first, of_query_landmarks = rounded(query_landmarks, key.dtype, "query_landmarks")
-    second, of_key_landmarks = rounded(key_landmarks, key.dtype, "key_landmarks")
+    rounding, landmarks = rounded(query_landmarks, key_landmarks, key.dtype)
     operands = {
         "query": query,
         "key": key,
@@ -152,7 +155,7 @@ def of_inputs(
         "key_quadratic": key_quadratic,
     }
     sizes = {"heads": key.shape[1], "groups": query.shape[1] // key.shape[1], "n": key.shape[2], "chunks": found.chunks}
-    return [first, second], operands | strides(**operands) | of_query_landmarks | of_key_landmarks | sizes
+    return [rounding], operands | strides(**operands) | landmarks | sizes
 
 
 def plan_forward(
@@ -239,8 +242,21 @@ def plan_forward(
             states_of.registers,
         ),
         launch_of(scan_kernel, scans, arguments, fixed | {"STAGES": SCAN_STAGES}, SCAN_WARPS),
-        launch_of(chunk_output_kernel, b * query_heads * chunks, arguments, fixed, outputs.warps, outputs.registers),
-        launch_of(steep_output_kernel, b * query_heads * arguments["spread"], arguments, fixed, STEEP_WARPS),
+        launch_of(
+            chunk_output_kernel,
+            b * query_heads * chunks * fixed["TILES"],
+            arguments,
+            fixed,
+            outputs.warps,
+            outputs.registers,
+        ),
+        launch_of(
+            steep_output_kernel,
+            b * query_heads * arguments["spread"],
+            arguments,
+            fixed | {"TOKENS": found.chunk},
+            STEEP_WARPS,
+        ),
     ]
     saved = [floats(0) if x is None or not needs_backward else x for x in (query_log_sum, *kept.values())]
     if not needs_backward:

@@ -47,10 +47,10 @@ def chunk_query_backward_kernel(
     query_log_sum,  # (b h g, n) float32, units of log 2
     delta,  # (b h g, n) float32
     grad_query,  # (b h g, n, d)
-    grad_mean,  # (b h, chunks, g, m, e)
-    grad_delta,  # (b h, chunks, g, m) float32
+    grad_mean,  # (b h, chunks, g, tiles, m, e)
+    grad_delta,  # (b h, chunks, g, tiles, m) float32
     grad_query_logits,  # (b h g, n, m), or None
-    grad_landmark_bias,  # (b h, chunks, g, m) float32, or None
+    grad_landmark_bias,  # (b h, chunks, g, tiles, m) float32, or None
     query_batch,
     query_head,
     query_row,
@@ -85,22 +85,24 @@ def chunk_query_backward_kernel(
     BLOCKS: tl.constexpr,
     LANDMARKS: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """One chunk of one query head, landmarks along the rows."""
+    """One tile of queries of a chunk, landmarks along the rows."""
     program = tl.program_id(0)
-    group = tl.cast(program % groups, tl.int64)
-    chunk = (program // groups) % chunks
-    flat = tl.cast(program // (groups * chunks), tl.int64)
+    tile = TILES - 1 - program % TILES  # the longest first
+    group = tl.cast((program // TILES) % groups, tl.int64)
+    chunk = (program // (TILES * groups)) % chunks
+    flat = tl.cast(program // (TILES * groups * chunks), tl.int64)
     batch, head = flat // heads, flat % heads
-    start, place = chunk * TOKENS, flat * chunks + chunk
+    start, place = (chunk * TILES + tile) * TOKENS, flat * chunks + chunk
     offset = tl.cast(start, tl.int64)
     query += batch * query_batch + (head * groups + group) * query_head + offset * query_row
     grad += batch * grad_batch + (head * groups + group) * grad_head + offset * grad_row
     key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head + offset * value_row
+    value += batch * value_batch + head * value_head
     query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
     key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
     landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
@@ -112,7 +114,7 @@ def chunk_query_backward_kernel(
     log_sum += (place + flat) * M
     first += place * M
     token = (flat * groups + group) * n + start
-    piece = (place * groups + group) * M
+    piece = ((place * groups + group) * TILES + tile) * M
 
     row = tl.arange(0, TOKENS)
     rows = n - start
@@ -122,11 +124,7 @@ def chunk_query_backward_kernel(
     tl.store(delta + token + row, inner, mask=row < rows)
     normaliser = load_normaliser(query_log_sum + token, row, rows)
     q = load_tile(query, row, query_row, rows, D, D_PADDED)
-    k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
-    v = load_rows(value, row, value_row, present, E, E_PADDED)
     do = do.to(PRODUCT)
-    pairs = tl.dot(v.to(PRODUCT), tl.trans(do), input_precision=PRECISION) - inner[None, :]
-    pairs = tl.where(row[:, None] <= row[None, :], pairs, 0.0).to(PRODUCT)
     dq = tl.zeros((TOKENS, D_PADDED), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         landmark = block * LANDMARKS + tl.arange(0, LANDMARKS)
@@ -135,10 +133,16 @@ def chunk_query_backward_kernel(
         u = load_tile(query_landmarks, landmark, D, M, D, D_PADDED)
         o = load_tile(entering_mean, landmark, E, M, E, E_PADDED)
         reference, held = load_reference(log_sum, first, landmark, M)
-        features = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E - reference[:, None]
-        features = tl.exp2(features + weight[None, :]).to(PRODUCT)
         ds = tl.dot(o, tl.trans(do), input_precision=PRECISION) - held[:, None] * inner[None, :]
-        ds = tl.dot(features, pairs, ds, input_precision=PRECISION)
+        for before in tl.range(0, tile + 1, num_stages=1):
+            at = start - before * TOKENS
+            k, weight, present = load_keys(key, key_bias, key_quadratic, at, key_row, row, n - at, D, D_PADDED)
+            features = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E - reference[:, None]
+            features = tl.exp2(features + weight[None, :]).to(PRODUCT)
+            v = load_rows(value + tl.cast(at, tl.int64) * value_row, row, value_row, present, E, E_PADDED)
+            pairs = tl.dot(v.to(PRODUCT), tl.trans(do), input_precision=PRECISION) - inner[None, :]
+            pairs = tl.where(row[:, None] <= row[None, :] + before * TOKENS, pairs, 0.0).to(PRODUCT)
+            ds = tl.dot(features, pairs, ds, input_precision=PRECISION)
         logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E
         # Added up in the order of the forward, whose rounding the log-sums have.
         logits += load_landmark_weight(landmark_bias, reference, landmark, M)[:, None]

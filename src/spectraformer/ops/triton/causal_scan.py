@@ -109,8 +109,8 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def reverse_scan_kernel(
-    grad_mean,  # (b h, chunks, g, m, e): sum over queries of a chunk of their weight of the past times their gradient
-    grad_delta,  # (b h, chunks, g, m) float32: of that weight times their delta
+    grad_mean,  # (b h, chunks, pieces, m, e): sums over queries of a piece of their weight of the past times gradient
+    grad_delta,  # (b h, chunks, pieces, m) float32: of that weight times their delta
     log_sum,  # (b h, chunks + 1, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
     grad_sums_after,  # (b h, m, e + 1) float32, gradient of the sums after the last key, or None
@@ -122,7 +122,7 @@ def reverse_scan_kernel(
     log_scale_batch,
     log_scale_head,
     heads,
-    groups,
+    pieces,
     chunks,
     M: tl.constexpr,
     E: tl.constexpr,
@@ -132,7 +132,7 @@ def reverse_scan_kernel(
     COLUMN_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """From the last chunk to the first, query heads of a key head in their order."""
+    """From the last chunk to the first, pieces of a chunk in their order."""
     program = tl.program_id(0)
     column_block, row_block = program % COLUMN_BLOCKS, (program // COLUMN_BLOCKS) % ROW_BLOCKS
     flat = tl.cast(program // (COLUMN_BLOCKS * ROW_BLOCKS), tl.int64)
@@ -153,9 +153,9 @@ def reverse_scan_kernel(
         value = tl.load(grad_sums_after + landmark[:, None] * (E + 1) + column[None, :], mask=tile, other=0.0)
         value *= weight[:, None]
         delta = -weight * tl.load(grad_sums_after + landmark * (E + 1) + E, mask=inside, other=0.0)
-    for i in tl.range(0, chunks * groups, num_stages=STAGES):
-        chunk, group = tl.cast(chunks - 1 - i // groups, tl.int64), i % groups
-        piece = ((flat * chunks + chunk) * groups + group) * M
+    for i in tl.range(0, chunks * pieces, num_stages=STAGES):
+        chunk, index = tl.cast(chunks - 1 - i // pieces, tl.int64), i % pieces
+        piece = ((flat * chunks + chunk) * pieces + index) * M
         more = tl.load(grad_mean + piece * E + offset, mask=tile, other=0.0).to(tl.float32)
         more_delta = tl.load(grad_delta + piece + landmark, mask=inside, other=0.0)
         before = tl.load(log_sum + chunk * M + landmark, mask=inside, other=float("-inf"))
@@ -163,7 +163,7 @@ def reverse_scan_kernel(
         place = (flat * chunks + chunk) * M
         alone = tl.load(first + place + landmark, mask=inside, other=0.0)
 
-        starts = group == 0
+        starts = index == 0
         reference = suffix_reference(tl.where(before == float("-inf"), alone, before), after)
         fade = tl.where(after == float("-inf"), 0.0, tl.exp2(reference - finite(after)))
         left = (value * fade[:, None]).to(suffix_value.dtype.element_ty)

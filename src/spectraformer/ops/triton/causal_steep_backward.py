@@ -41,7 +41,7 @@ def steep_query_backward_kernel(
     delta,  # (b h g, n) float32
     grad_query,  # (b h g, n, d)
     grad_query_logits,  # (b h g, n, m), or None
-    grad_landmark_bias,  # (b h, chunks, g, m) float32, or None
+    grad_landmark_bias,  # (b h, chunks, g, tiles, m) float32, or None
     query_batch,
     query_head,
     query_row,
@@ -75,6 +75,7 @@ def steep_query_backward_kernel(
     D_PADDED: tl.constexpr,
     E_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     ROW_BLOCKS_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,7 +107,7 @@ def steep_query_backward_kernel(
             start, place = chunk * TOKENS, flat * chunks + chunk
             offset, rows = tl.cast(start, tl.int64), n - start
             token = (flat * groups + group) * n + start
-            piece = (place * groups + group) * M
+            piece = (place * groups + group) * TILES * M
             k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
             v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
             q = load_tile(query + offset * query_row, row, query_row, rows, D, D_PADDED)
@@ -130,6 +131,8 @@ def steep_query_backward_kernel(
                 dq += ds[:, None] * u[None, :]
                 if grad_landmark_bias is not None:
                     tl.store(grad_landmark_bias + piece + landmark, tl.sum(ds, 0))
+                    for tile in tl.static_range(1, TILES):
+                        tl.store(grad_landmark_bias + piece + tile * M + landmark, 0.0)
                 if grad_query_logits is not None:
                     at = grad_query_logits + (token + row) * M + landmark
                     tl.store(at, ds.to(grad_query_logits.dtype.element_ty), mask=row < rows)
@@ -157,7 +160,7 @@ def steep_key_backward_kernel(
     grad_key,  # (b h, n, d)
     grad_value,  # (b h, n, e)
     grad_key_bias,  # (b h, n) float32, or None
-    grad_key_quadratic,  # (b h, chunks, d) float32, or None
+    grad_key_quadratic,  # (b h, chunks, tiles, d) float32, or None
     grad_key_logits,  # (b h, n, m), or None
     query_batch,
     query_head,
@@ -192,6 +195,7 @@ def steep_key_backward_kernel(
     D_PADDED: tl.constexpr,
     E_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     ROW_BLOCKS_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -262,6 +266,10 @@ def steep_key_backward_kernel(
                     tl.store(at_key, ds.to(grad_key_logits.dtype.element_ty), mask=row < rows)
             store_key_gradients(
                 grad_key, grad_value, grad_key_bias, grad_key_quadratic, key_quadratic, key + offset * key_row, key_row,
-                present, dk, dv, dt,
-                place, token, row, rows, D, E, D_PADDED, E_PADDED,
+                present, dk, dv, dt, place * TILES, token, row, rows, D, E, D_PADDED, E_PADDED,
             )  # fmt: skip
+            if grad_key_quadratic is not None:
+                column = tl.arange(0, D_PADDED)
+                for tile in tl.static_range(1, TILES):
+                    at_tile = grad_key_quadratic + (place * TILES + tile) * D + column
+                    tl.store(at_tile, tl.zeros((D_PADDED,), tl.float32), mask=column < D)

@@ -11,7 +11,7 @@ import triton.language as tl
 from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_key_bias, load_rows
 
 # Sizes that must not compile a kernel anew when they change.
-SIZES = ("heads", "groups", "n", "chunks", "pieces", "span", "spread")
+SIZES = ("heads", "groups", "n", "chunks", "pieces", "span", "spread", "query_heads", "key_heads", "of_queries")
 LN_2 = tl.constexpr(0.6931471805599453)
 # In units of log 2. Features of queries lose what is below 2^-126, so a sum of m c terms, itself at least 1, loses at
 # most m c 2^(90 - 126) < 2^-21; and sums of values stay finite up to values of 2^20.
