@@ -22,21 +22,11 @@ def round_kernel(
     query_landmarks,  # (b | 1, h | 1, m, d) float32
     key_landmarks,  # likewise
     rounded_query_landmarks,  # the same dense, in the dtype of the keys
-    rounded_key_landmarks,
-    query_landmarks_batch,
-    query_landmarks_head,
-    query_landmarks_row,
-    key_landmarks_batch,
-    key_landmarks_head,
-    key_landmarks_row,
-    query_heads,
-    key_heads,
+    rounded_key_landmarks, query_landmarks_batch, query_landmarks_head, query_landmarks_row, key_landmarks_batch,
+    key_landmarks_head, key_landmarks_row, query_heads, key_heads,
     of_queries,  # programs for landmarks of queries; the others are for those of keys
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    ROUND_ROWS: tl.constexpr,
-):
+    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ROUND_ROWS: tl.constexpr,
+):  # fmt: skip
     """Landmarks as products take them: every chunk reads them again, so half the bytes count."""
     program = tl.program_id(0)
     if program < of_queries:
@@ -64,41 +54,17 @@ def _round(
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    key,
-    value,
-    key_landmarks,
-    key_bias,
-    key_quadratic,
+    key, value, key_landmarks, key_bias, key_quadratic,
     part_mean,  # (b h, chunks, m, e)
     part_total,  # (b h, chunks, m) float32
     part_peak,  # (b h, chunks, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2: logits of the first key, written where none may be before it
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    key_landmarks_batch,
-    key_landmarks_head,
-    key_bias_batch,
-    key_bias_head,
-    key_quadratic_batch,
-    key_quadratic_head,
-    heads,
-    n,
-    chunks,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANDMARKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    key_batch, key_head, key_row, value_batch, value_head, value_row, key_landmarks_batch, key_landmarks_head,
+    key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head, heads, n, chunks,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
     PRODUCT: tl.constexpr,
-):
+):  # fmt: skip
     """One chunk, one block of landmarks, along the rows."""
     program = tl.program_id(0)
     block = program % BLOCKS

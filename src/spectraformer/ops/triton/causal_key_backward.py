@@ -61,14 +61,7 @@ def store_key_gradients(
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_key_backward_kernel(
-    query,
-    key,
-    value,
-    query_landmarks,
-    key_landmarks,
-    landmark_bias,
-    key_bias,
-    key_quadratic,
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
     log_sum,  # (b h, chunks + 1, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
     grad,  # (b, h g, n, e)
@@ -81,46 +74,14 @@ def chunk_key_backward_kernel(
     grad_key_bias,  # (b h, n) float32, or None
     grad_key_quadratic,  # (b h, chunks, tiles, d) float32, or None
     grad_key_logits,  # (b h, n, m), or None
-    query_batch,
-    query_head,
-    query_row,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    query_landmarks_batch,
-    query_landmarks_head,
-    key_landmarks_batch,
-    key_landmarks_head,
-    landmark_bias_batch,
-    landmark_bias_head,
-    key_bias_batch,
-    key_bias_head,
-    key_quadratic_batch,
-    key_quadratic_head,
-    heads,
-    groups,
-    n,
-    chunks,
-    ONE_GROUP: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANDMARKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
+    grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
+    landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
+    heads, groups, n, chunks,
+    ONE_GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr,
+    E_PADDED: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
     """One tile of keys of a chunk, landmarks along the rows; queries of the chunk from that tile on."""
     program = tl.program_id(0)
     tile = program % TILES

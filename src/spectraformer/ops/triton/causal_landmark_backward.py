@@ -20,24 +20,10 @@ def landmark_backward_kernel(
     tokens,  # (b, h, n, d)
     key_bias,  # nothing is read of keys that are removed; None for queries
     part,  # (b h, pieces, m, d) float32
-    batch,
-    head,
-    row,
-    key_bias_batch,
-    key_bias_head,
-    heads,
-    n,
-    span,
-    pieces,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANDMARKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    batch, head, row, key_bias_batch, key_bias_head, heads, n, span, pieces,
+    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One piece of a sequence, one block of landmarks."""
     program = tl.program_id(0)
     block = program % BLOCKS

@@ -31,14 +31,7 @@ from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_t
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_query_backward_kernel(
-    query,
-    key,
-    value,
-    query_landmarks,
-    key_landmarks,
-    landmark_bias,
-    key_bias,
-    key_quadratic,
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
     entering_mean,  # (b h, chunks, m, e)
     log_sum,  # (b h, chunks + 1, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
@@ -51,45 +44,14 @@ def chunk_query_backward_kernel(
     grad_delta,  # (b h, chunks, g, tiles, m) float32
     grad_query_logits,  # (b h g, n, m), or None
     grad_landmark_bias,  # (b h, chunks, g, tiles, m) float32, or None
-    query_batch,
-    query_head,
-    query_row,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    query_landmarks_batch,
-    query_landmarks_head,
-    key_landmarks_batch,
-    key_landmarks_head,
-    landmark_bias_batch,
-    landmark_bias_head,
-    key_bias_batch,
-    key_bias_head,
-    key_quadratic_batch,
-    key_quadratic_head,
-    heads,
-    groups,
-    n,
-    chunks,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANDMARKS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
+    grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
+    landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
+    heads, groups, n, chunks,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
     """One tile of queries of a chunk, landmarks along the rows."""
     program = tl.program_id(0)
     tile = TILES - 1 - program % TILES  # the longest first

@@ -35,21 +35,10 @@ def scan_kernel(
     steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2: rise of a logit above its past; last: the most
     log_scale_after,  # (b h, m) float32
     sums_after,  # (b h, m, e + 1) float32
-    log_scale_batch,
-    log_scale_head,
-    sums_batch,
-    sums_head,
-    sums_row,
-    heads,
-    chunks,
-    M: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, chunks,
+    M: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The state that enters each chunk, in the order of chunks: a tile of landmarks and value dims."""
     program = tl.program_id(0)
     column_block, row_block = program % COLUMN_BLOCKS, (program // COLUMN_BLOCKS) % ROW_BLOCKS
@@ -119,19 +108,10 @@ def reverse_scan_kernel(
     suffix_delta,  # (b h, chunks, m) float32
     log_scale,  # (b, h, m) before the first key, or None
     grad_sums,  # (b h, m, e + 1) float32, gradient of the sums before the first key, or None
-    log_scale_batch,
-    log_scale_head,
-    heads,
-    pieces,
-    chunks,
-    M: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    COLUMN_BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    log_scale_batch, log_scale_head, heads, pieces, chunks,
+    M: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """From the last chunk to the first, pieces of a chunk in their order."""
     program = tl.program_id(0)
     column_block, row_block = program % COLUMN_BLOCKS, (program // COLUMN_BLOCKS) % ROW_BLOCKS

@@ -25,14 +25,7 @@ from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_t
 
 @triton.jit(do_not_specialize=SIZES)
 def steep_query_backward_kernel(
-    query,
-    key,
-    value,
-    query_landmarks,
-    key_landmarks,
-    landmark_bias,
-    key_bias,
-    key_quadratic,
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
     entering_mean,  # (b h, chunks, m, e)
     log_sum,  # (b h, chunks + 1, m) float32, units of log 2
     steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
@@ -42,45 +35,14 @@ def steep_query_backward_kernel(
     grad_query,  # (b h g, n, d)
     grad_query_logits,  # (b h g, n, m), or None
     grad_landmark_bias,  # (b h, chunks, g, tiles, m) float32, or None
-    query_batch,
-    query_head,
-    query_row,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    query_landmarks_batch,
-    query_landmarks_head,
-    key_landmarks_batch,
-    key_landmarks_head,
-    landmark_bias_batch,
-    landmark_bias_head,
-    key_bias_batch,
-    key_bias_head,
-    key_quadratic_batch,
-    key_quadratic_head,
-    heads,
-    groups,
-    n,
-    chunks,
-    spread,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    E_PADDED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILES: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    ROW_BLOCKS_PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
+    grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
+    landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
+    heads, groups, n, chunks, spread,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, TILES: tl.constexpr, ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
     """Every spread-th chunk of one query head."""
     program = tl.program_id(0)
     group = tl.cast(program % groups, tl.int64)
@@ -141,14 +103,7 @@ def steep_query_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def steep_key_backward_kernel(
-    query,
-    key,
-    value,
-    query_landmarks,
-    key_landmarks,
-    landmark_bias,
-    key_bias,
-    key_quadratic,
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
     log_sum,  # (b h, chunks + 1, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
     steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
@@ -162,45 +117,14 @@ def steep_key_backward_kernel(
     grad_key_bias,  # (b h, n) float32, or None
     grad_key_quadratic,  # (b h, chunks, tiles, d) float32, or None
     grad_key_logits,  # (b h, n, m), or None
-    query_batch,
-    query_head,
-    query_row,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    grad_batch,
-    grad_head,
-    grad_row,
-    query_landmarks_batch,
-    query_landmarks_head,
-    key_landmarks_batch,
-    key_landmarks_head,
-    landmark_bias_batch,
-    landmark_bias_head,
-    key_bias_batch,
-    key_bias_head,
-    key_quadratic_batch,
-    key_quadratic_head,
-    heads,
-    groups,
-    n,
-    chunks,
-    spread,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    E_PADDED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILES: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    ROW_BLOCKS_PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
+    grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
+    landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
+    heads, groups, n, chunks, spread,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, TILES: tl.constexpr, ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
     """Every spread-th chunk of one key head, keys along the rows."""
     program = tl.program_id(0)
     part = program % spread
