@@ -18,7 +18,9 @@ from spectraformer.ops.triton.causal_plan import (
     SCAN_WARPS,
     SPREAD,
     STEEP_WARPS,
+    Given,
     compile_time,
+    configuration,
     cut,
     launch_of,
     of_inputs,
@@ -82,7 +84,7 @@ def plan_backward(
     *,
     wanted: Wanted,
     precision: str,
-    configurations: dict[str, Configuration] | None = None,
+    configurations: Given = None,
 ) -> tuple[list[Launch], Gradients]:
     """The kernels of the backward and the tensors they fill; operands as the forward had and returned them.
 
@@ -129,7 +131,9 @@ def plan_backward(
     launches, arguments = of_inputs(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, found
     )
-    of_queries, of_keys = (found.configurations[x] for x in ("chunk_queries_backward", "chunk_keys_backward"))
+    of_queries, of_keys = (
+        configuration(x, key, value, m, configurations) for x in ("chunk_queries_backward", "chunk_keys_backward")
+    )
     fixed, fixed_keys = (compile_time(x, found, m, d, e, precision, key.dtype) for x in (of_queries, of_keys))
     fixed_keys["ONE_GROUP"] = groups == 1
     # A piece is a tile of queries of one head.

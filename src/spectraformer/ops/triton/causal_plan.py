@@ -22,7 +22,7 @@ from spectraformer.ops.triton.configurations import Configuration
 from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
 
 # Elements of a tile of a scan, 8 a thread; chunks it loads ahead.
-SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 1024, 4, 4
+SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 1024, 4, 6
 # Programs of a head that look for steep chunks, and the tile of queries they work on.
 SPREAD, STEEP_TILE, STEEP_WARPS = 16, 4096, 8
 
@@ -46,9 +46,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Cut(NamedTuple):
-    """How a call is cut into programs."""
+    """How a sequence and its states are cut, by shapes alone."""
 
-    configurations: dict[str, Configuration]
     chunk: int
     chunks: int
     rows: int  # landmarks of a tile of a scan
@@ -57,21 +56,22 @@ class Cut(NamedTuple):
     column_blocks: int
 
 
-def cut(key: Tensor, value: Tensor, landmarks: int, given: dict[str, Configuration] | None = None) -> Cut:
-    """How a call with these keys and values is cut, by shapes alone.
+Given = dict[str, Configuration] | None
 
-    Args:
-        key: Keys.
-        value: Values.
-        landmarks: Number of landmarks m.
-        given: Configurations by name of pass, in place of the table's; all of one chunk.
-    """
-    n, d, e = key.shape[2], key.shape[3], value.shape[-1]
-    chosen = {x: choose(x, key.dtype, max(d, e), landmarks) for x in PASSES} | (given or {})
-    chunk = chosen[PASSES[0]].tokens
+
+def configuration(name: str, key: Tensor, value: Tensor, landmarks: int, given: Given = None) -> Configuration:
+    """That of one pass: given by name, else the table's."""
+    widest = max(key.shape[-1], value.shape[-1])
+    return (given or {}).get(name) or choose(name, key.dtype, widest, landmarks)
+
+
+def cut(key: Tensor, value: Tensor, landmarks: int, given: Given = None) -> Cut:
+    """How a call with these keys and values is cut."""
+    n, e = key.shape[2], value.shape[-1]
+    chunk = configuration(PASSES[0], key, value, landmarks, given).tokens
     columns = min(padded_dim(e), 64)
     rows = SCAN_TILE // columns
-    return Cut(chosen, chunk, -(-n // chunk), rows, columns, -(-landmarks // rows), -(-e // columns))
+    return Cut(chunk, -(-n // chunk), rows, columns, -(-landmarks // rows), -(-e // columns))
 
 
 def launch_of(
@@ -172,7 +172,7 @@ def plan_forward(
     *,
     needs_backward: bool,
     precision: str,
-    configurations: dict[str, Configuration] | None = None,
+    configurations: Given = None,
 ) -> tuple[list[Launch], Forward]:
     """The kernels of the forward and the tensors they fill.
 
@@ -228,7 +228,7 @@ def plan_forward(
         "query_log_sum": query_log_sum,
         "spread": min(SPREAD, chunks),
     }
-    states_of, outputs = found.configurations["chunk_states"], found.configurations["chunk_outputs"]
+    states_of, outputs = (configuration(x, key, value, m, configurations) for x in ("chunk_states", "chunk_outputs"))
     fixed = compile_time(outputs, found, m, d, e, precision, key.dtype)
     of_states = compile_time(states_of, found, m, d, e, precision, key.dtype)
     scans = b * h * found.row_blocks * found.column_blocks
