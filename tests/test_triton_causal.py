@@ -194,6 +194,15 @@ def test_every_pass_cuts_the_chunk_into_whole_tiles():
         row["chunk_outputs"] = shipped
 
 
+@needs_triton
+def test_float32_beyond_head_dim_128_is_refused_by_size():
+    from spectraformer.ops.triton.causal import refusals as refusals_of
+
+    for d, dtype, refused in ((160, torch.float32, True), (128, torch.float32, False), (160, torch.bfloat16, False)):
+        x = torch.empty(1, 1, 2, d, dtype=dtype)
+        assert any(f"{d} is above 128" in reason for reason in refusals_of(x, x, x)) == refused
+
+
 def interpret():
     # Every buffer a kernel is to fill starts as NaN: what is left unwritten shows.
     empty = torch.Tensor.new_empty
