@@ -4,10 +4,14 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectraformer import ops
 from spectraformer.ops import reference, streaming
+from spectraformer.ops.graph import is_plain
 
 NEG = float("-inf")
 
@@ -260,3 +264,40 @@ def test_any_layout_of_any_operand(backend, operand):
     x[operand] = x[operand].transpose(1, last).contiguous().transpose(1, last)
     assert x[operand].stride(-1) != 1 or x[operand].shape[1] == 1
     torch.testing.assert_close(ops.landmark_attention(*x, backend), expected)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return operation(*args, **(kwargs or {}))
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_operations_are_plain_only_where_nothing_compiles_traces_transforms_or_intercepts_them():
+    seen = []
+
+    def look(x):
+        seen.append(is_plain(x, None))
+        return x * 2
+
+    x = torch.ones(3)
+    look(x)
+    look(torch.nn.Parameter(x))
+    with torch.inference_mode():
+        look(x)
+    assert seen == [True] * 3
+    seen.clear()
+    look(x.as_subclass(Marked))
+    torch.func.vmap(look)(x)
+    torch.func.grad(lambda y: look(y).sum())(x)
+    torch.func.functionalize(look)(x)
+    with Watching():
+        look(x)
+    with FakeTensorMode():
+        look(torch.ones(3))
+    torch.jit.trace(look, x, check_trace=False)
+    make_fx(look)(x)
+    assert seen == [False] * 8
+    assert not torch.compile(lambda y: y * is_plain(y), fullgraph=True, backend="eager")(x).any()

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offline_kernels import SHARED_MEMORY, assemble, differences, run_program
 
@@ -63,6 +64,12 @@ def test_fakes_have_the_shapes_and_strides_of_results_which_share_no_memory(inte
 @needs_triton
 def test_frozen_landmarks_get_no_gradient(interpreted):
     assert interpreted["frozen"] == [True, True]
+
+
+@needs_triton
+def test_operators_are_called_where_something_looks_and_only_there(interpreted):
+    names = ["spectraformer.landmark_attention", "spectraformer.landmark_attention_backward"]
+    assert interpreted["operators"] == {"seen": [names[0], *names], "same": True, "called unseen": []}
 
 
 @needs_triton
@@ -261,10 +268,36 @@ def interpret():
                     problems.append("results share memory")
     results["fakes"] = problems
     results["plans"] = count_plans(kernels)
+    results["operators"] = operators_seen(kernels)
     operands[0].requires_grad_()
     kernels.landmark_attention(*operands, precision="ieee").sum().backward()
     results["frozen"] = [operands[0].grad is not None, operands[3].grad is None]
     sys.stdout.write(json.dumps(results))
+
+
+def operators_seen(kernels):
+    seen, called = [], []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation.namespace == "spectraformer":
+                seen.append(f"spectraformer.{operation._opname}")
+            return operation(*args, **(kwargs or {}))
+
+    def step():
+        with torch.no_grad():
+            first = kernels.landmark_attention(query, *rest, precision="ieee")
+        out = kernels.landmark_attention(query, *rest, precision="ieee")
+        return first, out, *torch.autograd.grad(out, query, torch.ones_like(out))
+
+    query, *rest = operands_of(1, 2, 1, 20, 30, 16, 16, 16, {})
+    query.requires_grad_()
+    with Watching():
+        watched = step()
+    with torch.profiler.profile() as profile:
+        plain = step()
+    called += [x.key for x in profile.key_averages() if x.key.startswith("spectraformer")]
+    return {"seen": seen, "same": all(map(torch.equal, watched, plain)), "called unseen": called}
 
 
 def count_plans(kernels):

@@ -73,17 +73,18 @@ def random_feature_attention(
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
     check_dropout(dropout_p)
+    component = feature_map.component
     chosen = ops.choose_backend(
         backend,
         query,
         key,
         value,
-        positive=feature_map.positive,
-        trigonometric=feature_map.component.trigonometric,
+        positive=component.positive and not feature_map.weight.signed,
+        trigonometric=component.trigonometric,
         is_causal=is_causal,
     )
     check_padding_mask("key_padding_mask", key_padding_mask, key)
-    if 0 in (*query.shape, *value.shape):
+    if 0 in query.shape or 0 in value.shape:
         return value.new_zeros(*query.shape[:3], value.shape[-1])
     if chosen != "triton" or is_causal:  # the other kernels do not read padding
         key, value = clear_padding(key, value, key_padding_mask)
@@ -105,9 +106,10 @@ def random_feature_attention(
         dtype = ops.compute_dtype(query, key, value)
         state = feature_map.init_state(key.shape[0], key.shape[1], value.shape[-1], device=value.device, dtype=dtype)
         attended = pair.attend(value, state=state, backend=chosen)
-    feature_map.record_unsafe(attended.unsafe)
-    out: Tensor = attended.out.to(value.dtype)
-    return out
+    if attended.unsafe is not None:
+        feature_map.record_unsafe(attended.unsafe)
+    out: Tensor = attended.out
+    return out if out.dtype == value.dtype else out.to(value.dtype)
 
 
 def attention_step(

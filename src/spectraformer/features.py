@@ -40,6 +40,7 @@ from spectraformer.weights.base import Projection, WeightMatrix
 
 Statistics = Literal["auto", "batch", "running"]
 STATISTICS = ("auto", "batch", "running")
+NOTHING_FITTED = Parameters()
 
 
 class FeatureMap(nn.Module):
@@ -294,22 +295,26 @@ class FeatureMap(nn.Module):
             shift = None if found is None else self._shift(*found)
             if found is not None and shift is not None:
                 found = (found[0].shifted(shift), found[1].shifted(shift))
-            fitted = Parameters()
-            if found is not None and self.component.data_dependent:
+            component, fitted = self.component, NOTHING_FITTED
+            if found is not None and component.data_dependent:
                 with torch.no_grad():
-                    fitted = self.component.fit(*found)
+                    fitted = component.fit(*found)
             mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(1)
-            dtype = torch.float64 if self.component.needs_float64 else ops.compute_dtype(q, k)
+            dtype = torch.float64 if component.needs_float64 else ops.compute_dtype(q, k)
             tokens = Tokens(q, k, root, shift, mask, self.kernel, dtype)
-            return self.component(tokens, self._projection(), fitted)  # type: ignore[no-any-return]
+            return component(tokens, self._projection(), fitted)  # type: ignore[no-any-return]
 
     def _projection(self) -> Projection:
         """The current W; a copy where a scheduled redraw, which is in place, may come before backward."""
         made: Projection = self.weight()
         if self.redraw_every is None or not torch.is_grad_enabled():
             return made
-        copies = {name: getattr(made, name).clone() for name in ("omega", "log_abs_weight", "sign_weight")}
-        return replace(made, **copies)
+
+        def copied() -> Projection:
+            copies = {name: getattr(made, name).clone() for name in ("omega", "log_abs_weight", "sign_weight")}
+            return replace(made, **copies, kept=None if made.kept is None else {})
+
+        return made.derived("copied", copied)
 
     def features(
         self,
@@ -381,11 +386,9 @@ class FeatureMap(nn.Module):
         check_query_key(q, k, self.head_dim, enable_gqa)
         if self.num_heads is not None and k.shape[1] != self.num_heads:
             raise ValueError(f"key has {k.shape[1]} heads, but the feature map was made for num_heads={self.num_heads}")
-        if q.device != self.unsafe_denominators.device:
-            raise ValueError(
-                f"query is on {q.device} but the feature map is on {self.unsafe_denominators.device}; "
-                "move one to the other"
-            )
+        held = self.unsafe_denominators.device
+        if q.device != held:
+            raise ValueError(f"query is on {q.device} but the feature map is on {held}; move one to the other")
         check_padding_mask("key_padding_mask", key_mask, k)
         check_padding_mask("query_padding_mask", query_mask, q)
 

@@ -139,6 +139,8 @@ class Tokens:
         query_own: Callable[[Tensor], Tensor],
         key_own: Callable[[Tensor], Tensor],
         key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
+        projection: Projection | None = None,
+        fixed: bool = False,
     ) -> Exponential:
         """Positive features exp(u . x + bias / 2 + own(x)), with scale and translation folded into the landmarks.
 
@@ -149,34 +151,48 @@ class Tokens:
             query_own: f's log-factor of a query x.
             key_own: f's log-factor of a key y.
             key_quadratic: C, where key_own(y) is sum_c C_c y_c^2 with other coefficients than -1/2.
+            projection: W, which keeps what is a function of it alone.
+            fixed: Whether landmarks and bias are.
         """
+
+        def scaled() -> tuple[Tensor, Tensor]:
+            query = query_landmarks * self.root
+            return query, query if key_landmarks is query_landmarks else key_landmarks * self.root
+
         if self.shift is not None:
             both = query_landmarks + key_landmarks
             bias = bias - (both @ self.shift.to(both.dtype).unsqueeze(-1)).squeeze(-1)
-        scaled = query_landmarks * self.root
+        fixed_by = projection if fixed else None
+        of_query, of_key = scaled() if fixed_by is None else fixed_by.derived(("scaled", self.root), scaled)
         return Exponential(
             self.raw_query,
             self.raw_key,
-            scaled,
-            scaled if key_landmarks is query_landmarks else key_landmarks * self.root,
+            of_query,
+            of_key,
             bias,
             lambda: self.key_bias(key_own),
             self.query_bias(query_own),
-            self._key_quadratic(key_own, key_quadratic),
+            self._key_quadratic(key_own, key_quadratic, projection),
             self.key_mask,
         )
 
     def _key_quadratic(
-        self, own: Callable[[Tensor], Tensor], coefficients: Tensor | None
+        self, own: Callable[[Tensor], Tensor], coefficients: Tensor | None, projection: Projection | None
     ) -> Callable[[], Tensor] | None:
         """Coefficients of the squares of the raw keys in their log-factor; None where it has other terms."""
         if self.shift is not None or (coefficients is None and own is not minus_half_sqnorm):
             return None
         of_kernel = -0.5 if self.kernel == "gaussian" else 0.0
         if coefficients is None:
-            return lambda: torch.full(
-                (1, 1, self.raw_key.shape[-1]), self.root**2 * (of_kernel - 0.5), device=self.raw_key.device
-            )
+            d, factor, device = self.raw_key.shape[-1], self.root**2 * (of_kernel - 0.5), self.raw_key.device
+
+            def equal() -> Tensor:
+                return torch.full((1, 1, d), factor, device=device, dtype=torch.float32)
+
+            if projection is None or projection.kept is None:
+                return equal
+            kept = projection.derived(("equal", factor), equal)
+            return lambda: kept
         return lambda: self.root**2 * (coefficients + of_kernel)
 
     def signed(

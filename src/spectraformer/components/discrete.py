@@ -179,6 +179,7 @@ class PositiveCoordinates(DiscreteFeatures):
         """The least coordinates of all tokens, less a margin."""
         size = (q.diagonal + k.diagonal).mean(-1, keepdim=True).sqrt()
         margin = POSITIVE_MARGIN * size + torch.finfo(size.dtype).tiny
+        assert q.minimum is not None and k.minimum is not None
         return torch.minimum(q.minimum, k.minimum) - margin
 
 

@@ -14,7 +14,8 @@ has :math:`E\,\varphi(x)\varphi(y) = e^{x\cdot y}` and relative second moment
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Hashable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,15 @@ def generalized_exponential(
     key_transform: Tensor | None = None,  # likewise
 ) -> Exponential:
     """The module's estimator as landmarks; rho = None is 1, a transform None is the identity."""
-    omega = projection.omega.unsqueeze(0)  # (1, g, m, d)
-    bias = projection.log_abs_weight.unsqueeze(0)  # (1, g, m)
+    omega, bias = projection.derived(  # (1, g, m, d), (1, g, m)
+        "of one item", lambda: (projection.omega.unsqueeze(0), projection.log_abs_weight.unsqueeze(0))
+    )
+    fixed = rho is None and query_transform is None and key_transform is None
     if rho is not None:
-        rho = rho.to(omega.dtype).unsqueeze(-1)  # (b | 1, p, 1)
-        ratio = (1 + rho) / (2 * rho)
-        quadratic = -(1 - rho) / (8 * rho)
-        bias = bias + 2 * (0.25 * omega.shape[-1] * ratio.log() + quadratic * projection.sqnorm.unsqueeze(0))
+        half, start = projection.derived("half sqnorm", lambda: _halves(projection))
+        # As few operations as there are: each is a launch. (1 - rho) / 4 rho is (ratio - 1) / 2.
+        ratio = torch.rsub(rho.to(omega.dtype).reciprocal(), 0.5, alpha=-0.5).unsqueeze(-1)  # (b | 1, p, 1)
+        bias = torch.addcmul(start, ratio, half, value=-1).add(ratio.log(), alpha=0.5 * omega.shape[-1])
         omega = omega * ratio.sqrt().unsqueeze(-1)
     return tokens.exponential(
         _rows_times(omega, query_transform),
@@ -54,7 +57,15 @@ def generalized_exponential(
         lambda x: minus_half_sqnorm(_transformed(x, query_transform)),
         minus_half_sqnorm if key_transform is None else lambda y: minus_half_sqnorm(_transformed(y, key_transform)),
         -0.5 * key_transform.square() if key_transform is not None and key_transform.ndim == 3 else None,
+        projection,
+        fixed,
     )
+
+
+def _halves(projection: Projection) -> tuple[Tensor, Tensor]:  # (1, g, m) each
+    """|omega|^2 / 2, and the log-weights plus it."""
+    half = 0.5 * projection.sqnorm.unsqueeze(0)
+    return half, projection.log_abs_weight.unsqueeze(0) + half
 
 
 def _rows_times(omega: Tensor, transform: Tensor | None) -> Tensor:
@@ -111,11 +122,14 @@ class HypRF(ComponentFunction):
 
     def forward(self, tokens: Tokens, projection: Projection, parameters: Parameters) -> Exponential | Signed:
         """Features of queries and keys."""
-        both = torch.cat((projection.omega, -projection.omega), dim=-2)
-        weight = (projection.log_abs_weight - math.log(2)).repeat(1, 2)
-        pair = generalized_exponential(
-            tokens, Projection(both, weight, projection.sign_weight, signed=projection.signed)
-        )
+
+        def antithetic() -> Projection:
+            both = torch.cat((projection.omega, -projection.omega), dim=-2)
+            weight = (projection.log_abs_weight - math.log(2)).repeat(1, 2)
+            kept: dict[Hashable, Any] | None = None if projection.kept is None else {}
+            return Projection(both, weight, projection.sign_weight, signed=projection.signed, kept=kept)
+
+        pair = generalized_exponential(tokens, projection.derived("antithetic", antithetic))
         return with_signs(pair, projection, copies=2)
 
 

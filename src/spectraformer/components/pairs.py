@@ -126,7 +126,8 @@ class Exponential:
             backend: "auto", or one that accepts these tokens.
             is_causal: Implied by a state.
         """
-        value = value.to(torch.promote_types(value.dtype, self.key.dtype))
+        if value.dtype != self.key.dtype:
+            value = value.to(torch.promote_types(value.dtype, self.key.dtype))
         is_causal = is_causal or state is not None
         if backend == "auto":
             tokens = (self.query, self.key, value)
@@ -148,7 +149,7 @@ class Exponential:
 
 def log_mask(mask: Tensor) -> Tensor:
     """0 where True, -inf where False: a key's log-weight, in float32."""
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, ops.streaming.NEGATIVE_INFINITY)
+    return mask.log().float()
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ class Moments(NamedTuple):
         mean: mu, (b, h, d).
         second: E x x^T, (b, h, d, d), or its diagonal, (b, h, d); where only the trace is needed, its d-th part in
             each entry.
-        minimum: Least coordinate over all tokens, (b, h, d).
+        minimum: Least coordinate over all tokens, (b, h, d); None where nothing needs it.
     """
 
     mean: Tensor
     second: Tensor
-    minimum: Tensor
+    minimum: Tensor | None = None
 
     @property
     def diagonal(self) -> Tensor:
@@ -55,7 +55,7 @@ class Moments(NamedTuple):
             cross = shift.unsqueeze(-1) * self.mean.unsqueeze(-2)
             outer = shift.unsqueeze(-1) * shift.unsqueeze(-2)
             second = self.second - cross - cross.transpose(-1, -2) + outer
-        return Moments(mean, second, self.minimum - shift)
+        return Moments(mean, second, None if self.minimum is None else self.minimum - shift)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def moments(
         mask: Which tokens are real; None means all.
         root: The square root of the attention scale.
         order: How much of the second moment is computed.
-        minimum: Whether the least coordinates are computed; zeros if not.
+        minimum: Whether the least coordinates are computed.
     """
     # Eigenvectors and translations amplify rounding into another estimator of the same kernel: sum those in float64.
     precise = order == "full" or minimum
@@ -96,12 +96,14 @@ def moments(
         second = (trace / x.shape[-1]).expand_as(mean)
     else:
         second = torch.zeros_like(mean)
-    least = torch.zeros_like(mean)
-    if minimum and n > 0:
-        hidden = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), torch.finfo(x.dtype).max)
-        least = hidden.amin(-2) * root
-        if mask is not None:
-            least = torch.where(mask.any(-1, keepdim=True), least, 0.0)
+    if not minimum:
+        return Moments(mean, second)
+    if n == 0:
+        return Moments(mean, second, torch.zeros_like(mean))
+    hidden = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), torch.finfo(x.dtype).max)
+    least = hidden.amin(-2) * root
+    if mask is not None:
+        least = torch.where(mask.any(-1, keepdim=True), least, 0.0)
     return Moments(mean, second, least)
 
 
@@ -126,12 +128,12 @@ def paired_moments(
         key_mask: Which keys are real; None means all.
         root: The square root of the attention scale.
         order: How much of the second moments is computed.
-        minimum: Whether the least coordinates are computed; zeros if not.
+        minimum: Whether the least coordinates are computed.
     """
     if not minimum and not fused.refusals(query, key, order):
         mean, second = fused.sequence_moments(query, key, query_mask, key_mask, root, order)
-        none = torch.zeros_like(mean[0])
-        return Moments(mean[0], second[0], none), Moments(mean[1], second[1], none)
+        q, k = map(Moments, mean.unbind(), second.unbind())
+        return q, k
     h = key.shape[1]
     rows = None if query_mask is None else query_mask.repeat(1, query.shape[1] // h)
     folded = fold_groups(query, h)
@@ -140,8 +142,7 @@ def paired_moments(
 
 def mean_squared_sum(q: Moments, k: Moments) -> Tensor:  # (b, h)
     r"""phi, the mean of :math:`\|x_i + y_j\|^2` over all pairs, without forming a pair."""
-    trace = q.diagonal.sum(-1) + k.diagonal.sum(-1)
-    return (trace + 2 * (q.mean * k.mean).sum(-1)).clamp_min(0.0)
+    return torch.addcmul(q.diagonal + k.diagonal, q.mean, k.mean, value=2).sum(-1).clamp_min(0.0)
 
 
 def optimal_rho(phi: Tensor, d: int) -> Tensor:
@@ -154,8 +155,10 @@ def optimal_rho(phi: Tensor, d: int) -> Tensor:
     References:
         Likhosherstov et al., Chefs' Random Tables, arXiv 2205.15317.
     """
-    p = 2 * phi + d
-    return 2 * d / (p + torch.sqrt(p.square() + 8 * d * phi))
+    # In units of d, and in as few operations as there are: each is a launch.
+    u4 = phi * (8 / d)
+    p = torch.rsub(u4, 1.0, alpha=-0.25)
+    return (p + torch.addcmul(u4, p, p).sqrt()).reciprocal() * 2
 
 
 class RunningMoments(nn.Module):
@@ -193,13 +196,11 @@ class RunningMoments(nn.Module):
 
     def forward(self, previous: bool = False) -> tuple[Moments, Moments]:
         """Copies of the moments of queries and keys, (1, p, d) each, now or before the last update; no minima."""
-        none = torch.zeros_like(self.query_mean).unsqueeze(0)
         prefix = "previous_" if previous else ""
         query, key = (
             Moments(
                 getattr(self, f"{prefix}{side}_mean").clone().unsqueeze(0),
                 getattr(self, f"{prefix}{side}_second").clone().unsqueeze(0),
-                none,
             )
             for side in ("query", "key")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 # torch 2.6 cannot tell export from compilation; there both count as export.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -14,3 +15,20 @@ def is_recomputing() -> bool:
     A repeated pass must see what the first one saw, and count for nothing.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether operations on these tensors just run: nothing compiles, traces, transforms, or intercepts them.
+
+    Only then may a call leave torch's dispatcher out, or keep what it computed for the next.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if x is not None and type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )

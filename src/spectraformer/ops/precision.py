@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,25 +11,29 @@ from torch import Tensor
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of logits and sums: float32, or float64 if any operand is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+UNCHANGED = nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Disables autocast and, on CUDA in eager mode, tf32 products inside the block.
 
     An error delta in a log-feature is a relative error delta in the feature, and logits reach 60: ten bits of
     mantissa (tf32) would be an error of several per cent.
     """
     compiling = torch.compiler.is_compiling()
-    precise = device.type != "cuda" or compiling or torch.get_float32_matmul_precision() == "highest"
-    if precise and not compiling and not torch.is_autocast_enabled(device.type):
-        yield  # the common case, in a tenth of the time
-        return
-    with torch.autocast(device_type=device.type, enabled=False):
+    kind = device.type
+    precise = kind != "cuda" or compiling or torch.get_float32_matmul_precision() == "highest"
+    if precise and not compiling and not torch.is_autocast_enabled(kind):
+        return UNCHANGED  # the common case, in a tenth of the time
+    return _changed_precision(kind, precise)
+
+
+@contextmanager
+def _changed_precision(kind: str, precise: bool) -> Iterator[None]:
+    with torch.autocast(device_type=kind, enabled=False):
         if precise:
             yield
             return

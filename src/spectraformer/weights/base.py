@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectraformer.checks import require_integer
+from spectraformer.ops.graph import is_plain
 
 Claim = Literal["unbiased", "vanishing", "deterministic", "learned"]
 """What a rule promises for a Gaussian mean: exact in expectation; biased, the bias vanishing as d, m or
 the order of the rule grows; one fixed rule, accurate for small norms; a learned law with its own kernel."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Projection:
         sign_weight: sign of a_i, +1 or -1, (g, m).
         uniform: Points of the unit cube behind the rows, (g, m, d), in (0, 1), if the family has them.
         signed: Whether the rule may have negative weights: a property of the rule, not of this draw.
+        kept: What was derived of this W, where the same W is given again in later calls; see :meth:`derived`.
     """
 
     omega: Tensor
@@ -43,11 +48,24 @@ class Projection:
     sign_weight: Tensor
     uniform: Tensor | None = None
     signed: bool = False
+    kept: dict[Hashable, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def sqnorm(self) -> Tensor:
         """Squared row norms |omega_i|^2 of the rows as they are, (g, m)."""
-        return self.omega.square().sum(-1)
+        return self.derived("sqnorm", lambda: self.omega.square().sum(-1))
+
+    def derived(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` computes of this W and of ``what`` alone: once for each W that is kept, else at every call.
+
+        The result is shared by calls, and not to be written to.
+        """
+        if self.kept is None:
+            return make()
+        if what not in self.kept:
+            with torch.inference_mode(False), torch.no_grad():  # a later call may be one that trains
+                self.kept[what] = make()
+        return cast(T, self.kept[what])
 
 
 class Draw(NamedTuple):
@@ -143,6 +161,7 @@ class SampledWeight(WeightMatrix):
     log_abs_weight: Tensor
     sign_weight: Tensor
     uniform: Tensor | None
+    _kept: tuple[tuple[Any, ...], list[Tensor | None], Projection] | None = None
 
     def __init__(
         self,
@@ -180,13 +199,52 @@ class SampledWeight(WeightMatrix):
         return int(self.omega.shape[1])
 
     def forward(self) -> Projection:
-        return Projection(self.omega, self.log_abs_weight, self.sign_weight, self.uniform, self.signed)
+        """The current W: the same object again, with what was derived of it, until a buffer is written or replaced."""
+        tensors = [self._buffers.get(name) for name in BUFFERS]
+        state = _state(tensors)
+        if state is None:
+            return Projection(self.omega, self.log_abs_weight, self.sign_weight, self.uniform, self.signed)
+        if self._kept is None or self._kept[0] != state:
+            made = Projection(self.omega, self.log_abs_weight, self.sign_weight, self.uniform, self.signed, {})
+            self._kept = state, tensors, made  # the tensors too: an identity lasts as long as its object
+        return self._kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept: it is of these buffers, not of copies."""
+        return {name: x for name, x in self.__dict__.items() if name != "_kept"}
 
     @torch.no_grad()
     def redraw(self, generator: torch.Generator) -> None:
         for name, value in self._draw(generator).items():
             if value is not None:
                 getattr(self, name).copy_(value)
+
+
+BUFFERS = ("omega", "log_abs_weight", "sign_weight", "uniform")
+
+
+def _state(tensors: list[Tensor | None]) -> tuple[Any, ...] | None:
+    """Equal in two calls that saw the same numbers; None where nothing may be kept for another call.
+
+    What a graph records must be computed in each replay, what needs gradients in each call, and another stream does
+    not wait for this one.
+    """
+    first = tensors[0]
+    if first is None or not is_plain(*tensors):
+        return None
+    state: list[Any] = [None]
+    if first.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        state[0] = torch._C._cuda_getCurrentRawStream(first.get_device())
+    for x in tensors:
+        if x is None:
+            state.append(None)
+        elif x.requires_grad or x.is_inference():
+            return None
+        else:
+            state += (id(x), x._version, x.data_ptr())
+    return tuple(state)
 
 
 def haar(d: int, generator: torch.Generator) -> Tensor:  # (d, d)

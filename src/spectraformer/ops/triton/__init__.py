@@ -9,6 +9,7 @@ the first call.
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectraformer.ops.graph import is_exporting
+from spectraformer.ops.graph import is_exporting, is_plain
 
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,8 +36,8 @@ def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     # Triton's interpreter, which tests use, runs kernels on the CPU.
     if query.device.type != "cuda" and not INTERPRETED:
         reasons.append(f"tensors are on {query.device}, not on a CUDA device")
-    elif query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] not in CAPABILITIES:
-        found = ".".join(map(str, torch.cuda.get_device_capability(query.device)))
+    elif query.device.type == "cuda" and _capability(query.device)[0] not in CAPABILITIES:
+        found = ".".join(map(str, _capability(query.device)))
         reasons.append(f"the GPU has compute capability {found}; tiles are chosen for the shared memory of 9 and 10")
     if not INSTALLED:
         reasons.append("Triton is not installed")
@@ -52,6 +53,14 @@ def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if max(d, e) > MAX_HEAD_DIM:
         reasons.append(f"head dim {d} or value dim {e} is above {MAX_HEAD_DIM}")
     return reasons
+
+
+_known_capability = cache(torch.cuda.get_device_capability)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    # Compilers do not follow what is cached.
+    return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _known_capability(device)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -97,18 +106,20 @@ def landmark_attention(
     autocast = autocast_dtype(query.device)
     if autocast is not None:
         query, key, value = (x.to(autocast) for x in (query, key, value))
-    query, key, value = (with_unit_stride(x) for x in (query, key, value))
-    query_landmarks, key_landmarks, landmark_bias = (
-        with_unit_stride(x.float()) for x in (query_landmarks, key_landmarks, landmark_bias)
-    )
-    key_bias = None if key_bias is None else with_unit_stride(key_bias.float())
-    key_quadratic = None if key_quadratic is None else with_unit_stride(key_quadratic.float())
-    operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+    tokens = [x if x.stride(-1) == 1 else with_unit_stride(x) for x in (query, key, value)]
+    operands = tokens + [
+        x if x is None or (x.dtype == torch.float32 and x.stride(-1) == 1) else with_unit_stride(x.float())
+        for x in (query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+    ]
+    if torch.is_grad_enabled() and True in [x is not None and x.requires_grad for x in operands]:
         out: Tensor = _LandmarkAttention.apply(*operands, precision)
         return out
-    forward: Tensor = torch.ops.spectraformer.landmark_attention(*operands, False, precision)[0]
-    return forward
+    if not is_plain(*operands):
+        forward: Tensor = torch.ops.spectraformer.landmark_attention(*operands, False, precision)[0]
+        return forward
+    from spectraformer.ops.triton.launch import planned
+
+    return planned(_plan_output, operands, (precision,))[0]
 
 
 def with_unit_stride(x: Tensor) -> Tensor:
@@ -140,6 +151,12 @@ def _plan_forward(operands: Any, needs_backward: bool, precision: str) -> Any:
     from spectraformer.ops.triton.forward import plan_forward
 
     return plan_forward(*operands, needs_backward=needs_backward, precision=precision)
+
+
+def _plan_output(operands: Any, precision: str) -> Any:
+    """The forward without a backward: all but the output is scratch."""
+    launches, results = _plan_forward(operands, False, precision)
+    return launches, results[:1]
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,7 +224,8 @@ class _LandmarkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *operands, precision = arguments
-        results = torch.ops.spectraformer.landmark_attention(*operands, True, precision)
+        run = _forward if is_plain(*operands) else torch.ops.spectraformer.landmark_attention
+        results = run(*operands, True, precision)
         ctx.save_for_backward(*operands, *results)
         ctx.precision = precision
         out: Tensor = results[0]
@@ -216,10 +234,9 @@ class _LandmarkAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        found = torch.ops.spectraformer.landmark_attention_backward(
-            with_unit_stride(grad), *ctx.saved_tensors, needs[3:8], ctx.precision
-        )
+        needs, tensors = ctx.needs_input_grad, (with_unit_stride(grad), *ctx.saved_tensors)
+        run = _backward if is_plain(*tensors) else torch.ops.spectraformer.landmark_attention_backward
+        found = run(*tensors, needs[3:8], ctx.precision)
         others = iter(found[3:])
         return (*found[:3], *(next(others) if need else None for need in needs[3:8]), None)
 

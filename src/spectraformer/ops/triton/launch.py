@@ -22,6 +22,7 @@ DIRECT = triton.__version__.startswith("3.6.")
 MAX_PLANS = 256
 # Elements of float32 between intermediates: 256 bytes.
 ALIGNMENT = 64
+STREAM = 3
 
 
 class Launch(NamedTuple):
@@ -44,12 +45,12 @@ class Launch(NamedTuple):
         options = {"num_warps": self.warps, "num_stages": 1}
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
-    def dispatch(self, *arguments: Any) -> Callable[..., Any] | None:
+    def dispatch(self, *arguments: Any) -> tuple[Callable[..., Any], list[Any]] | None:
         """Start the kernel with other tensors of the same signature, compiling if need be.
 
         Returns:
-            What starts the compiled kernel again, given a stream and arguments with addresses in place of tensors;
-            None when there is no such way.
+            What starts the compiled kernel again, and its first arguments, with a place for the stream at STREAM;
+            arguments of the source follow, addresses in place of tensors. None when there is no such way.
         """
         grid = (self.programs, 1, 1)
         compiled = self.kernel[grid](*arguments, **self.options)
@@ -60,7 +61,7 @@ class Launch(NamedTuple):
             return None
         # As the launcher's own call does, without its hooks and what finds the stream and the address of every tensor.
         how = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None)
-        return lambda stream, *addressed: run.launch(*grid, stream, *how, *addressed)
+        return run.launch, [*grid, None, *how]
 
 
 def strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -117,9 +118,11 @@ class Plan:
 
         self.results = [None if x is None else slot(x) for x in results]
         self.launches = list(launches)
-        self.starts: list[Callable[..., Any]] = []
+        # What starts a kernel, all its arguments, and which of them is the address of which slot.
+        self.starts: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]] = []
         self.arguments: list[tuple[list[Any], list[tuple[int, int]]]] = []
-        self.new: list[tuple[torch.Size, torch.dtype] | None] = [(x.shape, x.dtype) for x in allocated]
+        # Shapes as plain tuples, which are parsed in half the time.
+        self.new: list[tuple[tuple[int, ...], torch.dtype] | None] = [(tuple(x.shape), x.dtype) for x in allocated]
         for launch in launches:
             arguments = [(launch.arguments | launch.constants)[name] for name in launch.kernel.arg_names]
             places = [(i, slot(x)) for i, x in enumerate(arguments) if isinstance(x, Tensor)]
@@ -129,40 +132,47 @@ class Plan:
         self.scratch_size = 0
         for i, x in enumerate(allocated[len(self.new) :], len(operands) + len(self.new)):
             if x.dtype != torch.float32:
-                self.new.append((x.shape, x.dtype))
+                self.new.append((tuple(x.shape), x.dtype))
                 continue
             self.new.append(None)
             self.scratch.append((i, self.scratch_size, x.shape))
             self.scratch_size += -(-x.numel() // ALIGNMENT) * ALIGNMENT
 
-    def run(self, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Allocate, launch, and return the results."""
-        new = operands[0].new_empty  # type: ignore[union-attr]
+    def run(self, operands: Sequence[Tensor | None], addresses: list[int | None]) -> list[Tensor | None]:
+        """Allocate, launch, and return the results; ``addresses`` are those of the operands."""
+        first = operands[0]
+        assert first is not None
+        new = first.new_empty
         tensors = [*operands, *[None if x is None else new(x[0], dtype=x[1]) for x in self.new]]
         scratch = new(self.scratch_size, dtype=torch.float32) if self.scratch else None
         if self.starts:
-            addresses = [None if x is None else x.data_ptr() for x in tensors]
+            addresses += [None if x is None else x.data_ptr() for x in tensors[len(operands) :]]
             if scratch is not None:
                 base = scratch.data_ptr()
-                for slot, first, _ in self.scratch:
-                    addresses[slot] = base + 4 * first
-            stream = torch._C._cuda_getCurrentRawStream(operands[0].get_device())  # type: ignore[union-attr]
-            for start, (template, places) in zip(self.starts, self.arguments, strict=True):
+                for slot, offset, _ in self.scratch:
+                    addresses[slot] = base + 4 * offset
+            stream = torch._C._cuda_getCurrentRawStream(first.get_device())
+            for start, template, places in self.starts:
                 arguments = template.copy()
+                arguments[STREAM] = stream
                 for place, slot in places:
                     arguments[place] = addresses[slot]
-                start(stream, *arguments)
+                start(*arguments)
         else:
             if scratch is not None:
-                for slot, first, shape in self.scratch:
-                    tensors[slot] = scratch[first : first + shape.numel()].view(shape)
+                for slot, offset, shape in self.scratch:
+                    tensors[slot] = scratch[offset : offset + shape.numel()].view(shape)
             starts = []
             for launch, (template, places) in zip(self.launches, self.arguments, strict=True):
                 arguments = template.copy()
                 for place, slot in places:
                     arguments[place] = tensors[slot]
-                starts.append(launch.dispatch(*arguments))
-            self.starts = starts if None not in starts else []  # type: ignore[assignment]
+                found = launch.dispatch(*arguments)
+                if found is not None:
+                    start, head = found
+                    starts.append((start, [*head, *template], [(len(head) + place, slot) for place, slot in places]))
+            if len(starts) == len(self.launches):
+                self.starts = starts
         return [None if slot is None else tensors[slot] for slot in self.results]
 
 
@@ -186,14 +196,23 @@ def planned(
     """
     first = operands[0]
     assert first is not None
+    signature: list[Any] = [make, settings, first.device]
+    addresses: list[int | None] = []
+    every_address = 0
+    for x in operands:
+        if x is None:
+            signature.append(None)
+            addresses.append(None)
+        else:
+            signature += (x.shape, x.stride(), x.dtype)
+            address = x.data_ptr()
+            addresses.append(address)
+            every_address |= address
     # A kernel is compiled for pointers aligned to 16 bytes or not, and loaded on one device.
-    signature = (
-        make,
-        first.device,
-        settings,
-        *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in operands],
-    )
-    plan = PLANS.get(signature)
+    if every_address % 16:
+        signature.append(tuple(0 if x is None else x % 16 for x in addresses))
+    key = tuple(signature)
+    plan = PLANS.get(key)
     if plan is None:
         if len(PLANS) >= MAX_PLANS:
             PLANS.clear()
@@ -201,8 +220,8 @@ def planned(
             None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
             for x in operands
         ]
-        plan = PLANS[signature] = Plan(shadows, *make(shadows, *settings))
+        plan = PLANS[key] = Plan(shadows, *make(shadows, *settings))
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device(first.get_device()):
-            return plan.run(operands)
-    return plan.run(operands)
+            return plan.run(operands, addresses)
+    return plan.run(operands, addresses)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops import triton as kernels
+from spectraformer.ops.graph import is_plain
 
 ORDERS = ("none", "trace", "diagonal", "full")
 LIBRARY = torch.library.Library("spectraformer", "FRAGMENT")
@@ -67,10 +68,11 @@ def sequence_moments(
         raise ValueError(f"order is {order!r}; expected one of {ORDERS}")
     if precision not in kernels.PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {kernels.PRECISIONS}")
+    arguments = query, key, query_mask, key_mask, root, order, precision
+    if is_plain(*arguments[:4]):
+        return _run(*arguments)
     with torch.no_grad():
-        found: tuple[Tensor, Tensor] = torch.ops.spectraformer.sequence_moments(
-            query, key, query_mask, key_mask, root, order, precision
-        )
+        found: tuple[Tensor, Tensor] = torch.ops.spectraformer.sequence_moments(*arguments)
     return found
 
 
