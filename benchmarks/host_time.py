@@ -28,12 +28,7 @@ def without_kernels():
     """Backend "triton" on CPU tensors, starting nothing."""
     from spectraformer.ops.triton import launch
 
-    refusals = kernels.refusals
-
-    def none_on_cpu(*tokens):
-        return [x for x in refusals(*tokens) if "CUDA device" not in x]
-
-    kernels.refusals = none_on_cpu
+    kernels.INTERPRETED = True
     launch.Launch.dispatch = lambda self, *arguments: (lambda *addressed: None, [None] * 13)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
 

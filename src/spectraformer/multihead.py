@@ -288,8 +288,10 @@ class RandomFeatureAttention(nn.Module):
             # Attention with the identity as values is the matrix of weights.
             identity = torch.eye(s, dtype=v.dtype, device=v.device).expand(*v.shape[:2], s, s)
             v = torch.cat((v, identity), dim=-1)
-        out = (
-            random_feature_attention(
+        if n == 0:
+            out = v[:, :, :0]
+        else:
+            out = random_feature_attention(
                 q,
                 k,
                 v,
@@ -300,10 +302,9 @@ class RandomFeatureAttention(nn.Module):
                 scale=self.scale,
                 dropout_p=self.dropout if self.training else 0.0,
                 backend=self.backend,
-            )[:, :, -n:]
-            if n
-            else v[:, :, :0]
-        )
+            )
+        if query_real is not None:
+            out = out[:, :, extra:]
         weights = None
         if need_weights:
             # torch puts the extra keys last.

@@ -33,6 +33,7 @@ class Parameters(NamedTuple):
         key_transform: T_k with T_q^T T_k = I, shaped alike.
         coefficients: One coefficient a head dim, (b | 1, p, d).
         law: The parameter of a discrete law, its rate or its probability, (b | 1, p).
+        moments: Those of x and y, in place of rho where one kernel makes landmarks of them.
     """
 
     rho: Tensor | None = None
@@ -40,6 +41,7 @@ class Parameters(NamedTuple):
     key_transform: Tensor | None = None
     coefficients: Tensor | None = None
     law: Tensor | None = None
+    moments: tuple[Moments, Moments] | None = None
 
 
 @dataclass(frozen=True)

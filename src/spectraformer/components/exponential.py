@@ -25,6 +25,7 @@ from spectraformer.components.base import ComponentFunction, Parameters, Tokens,
 from spectraformer.components.pairs import Exponential, Features, Signed, with_key_signs, with_signs
 from spectraformer.components.statistics import Moments, Order, mean_squared_sum, optimal_rho
 from spectraformer.components.trigonometric import Trigonometric
+from spectraformer.ops.triton import optimal as fused
 from spectraformer.weights.base import Projection
 
 # Added to second moments before they are inverted, relative to their mean: with fewer tokens than dims they are
@@ -60,6 +61,15 @@ def generalized_exponential(
         projection,
         fixed,
     )
+
+
+def _optimal_exponential(tokens: Tokens, projection: Projection, q: Moments, k: Moments) -> Exponential | None:
+    """The features of the optimal rho in one launch, where W is one that it takes; else None."""
+    if len(projection.omega) not in (1, q.mean.shape[1]) or fused.refusals(projection.omega, projection.log_abs_weight):
+        return None
+    half, start = projection.derived("half sqnorm", lambda: _halves(projection))
+    landmarks, bias = fused.optimal_landmarks(q.mean, q.second, k.mean, k.second, projection.omega, half, start)
+    return tokens.exponential(landmarks, landmarks, bias, minus_half_sqnorm, minus_half_sqnorm, projection=projection)
 
 
 def _halves(projection: Projection) -> tuple[Tensor, Tensor]:  # (1, g, m) each
@@ -221,13 +231,19 @@ class OPRF(ComponentFunction):
 
     def fit(self, q: Moments, k: Moments) -> Parameters:
         """Rho from the mean of |x + y|^2."""
+        if not fused.refusals(q.mean, q.second, k.mean, k.second):
+            return Parameters(moments=(q, k))
         return Parameters(rho=optimal_rho(mean_squared_sum(q, k), self.head_dim))
 
     def forward(self, tokens: Tokens, projection: Projection, parameters: Parameters) -> Exponential | Signed:
         """Features of queries and keys."""
-        pair = generalized_exponential(
-            tokens, projection, parameters.rho, parameters.query_transform, parameters.key_transform
-        )
+        rho = parameters.rho
+        if parameters.moments is not None:
+            pair = _optimal_exponential(tokens, projection, *parameters.moments)
+            if pair is not None:
+                return with_signs(pair, projection)
+            rho = optimal_rho(mean_squared_sum(*parameters.moments), self.head_dim)
+        pair = generalized_exponential(tokens, projection, rho, parameters.query_transform, parameters.key_transform)
         return with_signs(pair, projection)
 
 

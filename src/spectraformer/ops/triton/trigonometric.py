@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops import triton as kernels
+from spectraformer.ops.graph import is_plain
 
 # Beyond it sums of cosines and of sines leave no room in registers.
 MAX_HEAD_DIM = 128
@@ -77,7 +78,8 @@ def trigonometric_attention(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*operands, bias)):
         out, unsafe = _TrigonometricAttention.apply(*operands, bias, key_factor, precision)
     else:
-        found = torch.ops.spectraformer.trigonometric_attention(*operands, bias, key_factor, False, precision)
+        run = _forward if is_plain(*operands, bias) else torch.ops.spectraformer.trigonometric_attention
+        found = run(*operands, bias, key_factor, False, precision)
         out, unsafe = found[:2]
     return out, unsafe.view(torch.bool).reshape(query.shape[:3])
 
@@ -183,7 +185,8 @@ class _TrigonometricAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *operands, key_factor, precision = arguments
-        results = torch.ops.spectraformer.trigonometric_attention(*operands, key_factor, True, precision)
+        run = _forward if is_plain(*operands) else torch.ops.spectraformer.trigonometric_attention
+        results = run(*operands, key_factor, True, precision)
         ctx.save_for_backward(*operands, *results)
         ctx.settings = key_factor, precision
         ctx.mark_non_differentiable(results[1])
@@ -192,10 +195,10 @@ class _TrigonometricAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        wanted = [*needs[3:5], needs[5] and ctx.saved_tensors[5] is not None]
-        found = torch.ops.spectraformer.trigonometric_attention_backward(
-            kernels.with_unit_stride(grad), *ctx.saved_tensors, ctx.settings[0], *wanted, ctx.settings[1]
-        )
+        needs, saved = ctx.needs_input_grad, ctx.saved_tensors
+        wanted = [*needs[3:5], needs[5] and saved[5] is not None]
+        tensors = (kernels.with_unit_stride(grad), *saved)
+        run = _backward if is_plain(*tensors) else torch.ops.spectraformer.trigonometric_attention_backward
+        found = run(*tensors, ctx.settings[0], *wanted, ctx.settings[1])
         others = iter(found[3:])
         return (*found[:3], *(next(others) if need else None for need in wanted), None, None)
