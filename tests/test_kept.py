@@ -176,6 +176,25 @@ def test_a_weight_made_in_inference_is_used_as_it_is():
     assert feature_map.weight._kept is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
+@pytest.mark.parametrize("component", ["posrf", "oprf"])
+def test_every_replay_of_a_graph_sees_the_weight_of_its_time(component):
+    feature_map = sf.FeatureMap(64, 128, component, "mm", device="cuda")
+    q = torch.randn(1, 2, 200, 64, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        before = sf.random_feature_attention(q, q, q, feature_map)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = sf.random_feature_attention(q, q, q, feature_map)
+        for _ in range(2):
+            graph.replay()
+            assert torch.equal(found, sf.random_feature_attention(q, q, q, feature_map))
+            feature_map.redraw()
+        assert not torch.equal(before, sf.random_feature_attention(q, q, q, feature_map))
+
+
 def test_landmarks_are_computed_once():
     feature_map, q = sf.FeatureMap(D, M, "posrf", "mm"), torch.randn(1, 2, 5, D)
     first, second = feature_map(q, q), feature_map(q, q)

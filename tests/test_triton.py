@@ -74,7 +74,8 @@ def test_operators_are_called_where_something_looks_and_only_there(interpreted):
 
 @needs_triton
 def test_a_plan_serves_other_tensors_of_its_signature_and_no_others(interpreted):
-    assert interpreted["plans"] == {"first": 1, "again": 1, "transposed": 2, "same": True, "same transposed": True}
+    counts = {"first": 1, "again": 1, "transposed": 2, "misaligned": 3}
+    assert interpreted["plans"] == counts | {f"same {name}": True for name in ("again", "transposed", "misaligned")}
 
 
 @needs_triton
@@ -305,14 +306,16 @@ def count_plans(kernels):
 
     query, *rest = operands_of(1, 2, 1, 20, 30, 16, 16, 16, {})
     transposed = query.transpose(1, 2).contiguous().transpose(1, 2)
+    misaligned = torch.empty(query.numel() + 1)[1:].view(query.shape).copy_(2 * query)
     PLANS.clear()
     counts, outs = {}, {}
-    for name, x in {"first": query, "again": 2 * query, "transposed": 2 * transposed}.items():
+    inputs = {"first": query, "again": 2 * query, "transposed": 2 * transposed, "misaligned": misaligned}
+    for name, x in inputs.items():
         outs[name] = kernels.landmark_attention(x, *rest, precision="ieee")
         counts[name] = len(PLANS)
     PLANS.clear()
     want = kernels.landmark_attention(2 * query, *rest, precision="ieee")
-    return counts | {"same": want.equal(outs["again"]), "same transposed": want.equal(outs["transposed"])}
+    return counts | {f"same {name}": want.equal(outs[name]) for name in ("again", "transposed", "misaligned")}
 
 
 def compile_all():

@@ -59,6 +59,19 @@ def test_the_kernel_compiles_for_hopper_without_spills():
         assert found["spills"] == 0 and found["registers"] <= 128, found
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu_too_and_a_nan_shows(case):
+    from spectraformer.ops.triton.optimal import optimal_landmarks
+
+    operands = [x.cuda() for x in operands_of(*CASES[case])]
+    for x, y in zip(optimal_landmarks(*operands), exact(*(x.double() for x in operands)), strict=True):
+        assert ((x - y).abs().max() / y.abs().max()).item() < 2e-6
+    operands[0][0, 0, 3] = float("nan")
+    assert optimal_landmarks(*operands)[1][0, 0].isnan().all()
+
+
 def operands_of(b, p, g, m, d, size):
     mean = [size * torch.randn(b, p, d) for _ in range(2)]
     second = [x.square() + size * torch.rand(b, p, d) for x in mean]

@@ -155,6 +155,9 @@ class SampledWeight(WeightMatrix):
 
     A subclass checks and sets its options **before** it calls ``super().__init__``, which draws, and defines
     :meth:`sample`, which reads them.
+
+    What was derived of W is kept while its buffers are the same tensors, at the same version. An edit in place through
+    ``buffer.data``, which torch does not count either, is not seen: edit under ``torch.no_grad()``.
     """
 
     omega: Tensor
