@@ -69,7 +69,7 @@ def random_feature_attention(
     References:
         Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794.
     """
-    _check_map(feature_map)
+    check_map(feature_map)
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
     check_dropout(dropout_p)
@@ -97,7 +97,7 @@ def random_feature_attention(
         is_causal=is_causal,
         enable_gqa=enable_gqa,
     )
-    value = _drop_values(value, dropout_p)
+    value = drop_values(value, dropout_p)
     if not is_causal:
         attended = pair.attend(value, backend=chosen)
     elif chosen == "triton" and isinstance(pair, Exponential):
@@ -143,7 +143,7 @@ def attention_step(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit each other or the state.
     """
-    _check_map(feature_map)
+    check_map(feature_map)
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
     check_causal(query, key)
@@ -235,14 +235,16 @@ def clear_padding(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tens
     return key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
 
 
-def _drop_values(value: Tensor, p: float) -> Tensor:
+def drop_values(value: Tensor, p: float) -> Tensor:
+    """Values with some keys' values 0, in all entries at once, and the others larger for it."""
     if p == 0:
         return value
     keep = torch.rand(value.shape[:3], device=value.device).unsqueeze(-1) >= p
     return value * keep.to(value.dtype) / (1 - p)
 
 
-def _check_map(feature_map: object) -> None:
+def check_map(feature_map: object) -> None:
+    """Refuses what is not a feature map."""
     if not isinstance(feature_map, FeatureMap):
         raise ValueError(f"feature_map is {type(feature_map).__name__}; expected a spectraformer.FeatureMap")
 

@@ -41,6 +41,7 @@ from spectraformer.weights.base import Projection, WeightMatrix
 Statistics = Literal["auto", "batch", "running"]
 STATISTICS = ("auto", "batch", "running")
 NOTHING_FITTED = Parameters()
+Mask = Tensor | None
 
 
 class FeatureMap(nn.Module):
@@ -201,10 +202,10 @@ class FeatureMap(nn.Module):
         self.running.replace(*self._batch_moments(q, k, key_padding_mask, query_padding_mask, root))
 
     def _batch_moments(
-        self, q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, root: float
+        self, q: Tensor, k: Tensor, key_mask: Mask, query_mask: Mask, root: float, packed: ops.Sequences | None = None
     ) -> tuple[Moments, Moments]:
         component = self.component
-        return paired_moments(q, k, query_mask, key_mask, root, component.order, component.needs_minimum)
+        return paired_moments(q, k, query_mask, key_mask, root, component.order, component.needs_minimum, packed)
 
     def _check_statistics(self, is_causal: bool) -> None:
         """Refuses parameters that would look into the future."""
@@ -226,16 +227,17 @@ class FeatureMap(nn.Module):
         self,
         q: Tensor,
         k: Tensor,
-        key_mask: Tensor | None,
-        query_mask: Tensor | None,
+        key_mask: Mask,
+        query_mask: Mask,
         root: float,
         is_causal: bool,
         track: bool,
+        sequences: ops.Sequences | None,
     ) -> tuple[Moments, Moments] | None:
         if self.running is None:
             return None
         if self.statistics == "batch" or (self.statistics == "auto" and not is_causal):
-            return self._batch_moments(q, k, key_mask, query_mask, root)
+            return self._batch_moments(q, k, key_mask, query_mask, root, sequences)
         if not (track and self.training):
             held: tuple[Moments, Moments] = self.running()
         elif is_recomputing():
@@ -243,8 +245,9 @@ class FeatureMap(nn.Module):
         else:
             held = self.running()  # before the update: this call must not depend on its own tokens
             if q.shape[2] and k.shape[2]:
-                fresh = self._batch_moments(q, k, key_mask, query_mask, root)
+                fresh = self._batch_moments(q, k, key_mask, query_mask, root, sequences)
                 real = None if key_mask is None else key_mask.any(-1)
+                real = real if sequences is None else sequences.key.diff() > 0
                 self.running.update(*fresh, self.momentum, real)
         return held
 
@@ -276,10 +279,12 @@ class FeatureMap(nn.Module):
         is_causal: bool = False,
         enable_gqa: bool = False,
         track: bool = True,
+        sequences: ops.Sequences | None = None,
     ) -> Exponential | Signed:
         """The features of queries and keys, as a pair that can attend; see :meth:`features` for plain tensors.
 
         In training a pass counts for the redraw schedule and the running moments, unless ``track`` is False.
+        With ``sequences`` tokens are those of all, b = 1, and parameters have b of the sequences: see ``packs``.
         """
         self._check(q, k, key_padding_mask, query_padding_mask, enable_gqa)
         if is_causal:
@@ -291,7 +296,7 @@ class FeatureMap(nn.Module):
         if track:
             self._count_pass()
         with ops.full_precision(q.device):
-            found = self._moments(q, k, key_padding_mask, query_padding_mask, root, is_causal, track)
+            found = self._moments(q, k, key_padding_mask, query_padding_mask, root, is_causal, track, sequences)
             shift = None if found is None else self._shift(*found)
             if found is not None and shift is not None:
                 found = (found[0].shifted(shift), found[1].shifted(shift))
@@ -380,9 +385,7 @@ class FeatureMap(nn.Module):
         unsafe, total = (int(x) for x in self.unsafe_denominators)
         return unsafe / max(total, 1)
 
-    def _check(
-        self, q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, enable_gqa: bool
-    ) -> None:
+    def _check(self, q: Tensor, k: Tensor, key_mask: Mask, query_mask: Mask, enable_gqa: bool) -> None:
         check_query_key(q, k, self.head_dim, enable_gqa)
         if self.num_heads is not None and k.shape[1] != self.num_heads:
             raise ValueError(f"key has {k.shape[1]} heads, but the feature map was made for num_heads={self.num_heads}")

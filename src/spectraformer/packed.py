@@ -9,10 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectraformer.attention import random_feature_attention
-from spectraformer.checks import require_integer
+from spectraformer import ops
+from spectraformer.attention import check_map, drop_values, random_feature_attention
+from spectraformer.checks import check_dropout, check_query_key, check_value, require_integer
+from spectraformer.components import Exponential
 from spectraformer.features import FeatureMap
 from spectraformer.ops.rows import select_rows
+from spectraformer.ops.triton import heads_first
+from spectraformer.ops.triton.moments import refusals as moments_refusals
 
 
 def packed_random_feature_attention(
@@ -34,8 +38,10 @@ def packed_random_feature_attention(
     """:func:`spectraformer.random_feature_attention` of every sequence of a packed batch on its own.
 
     Sequence i is the tokens from ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, as in the packed form of other
-    attentions. Sequences are laid side by side with padding, which is exact, attended to, and packed again: time and
-    memory are those of b sequences of the greatest length. Nothing waits for a GPU.
+    attentions. The fused kernels of bidirectional attention with positive features read packed tokens as they are. All
+    others, and features that translate tokens or map them by a matrix fitted to each sequence, take sequences laid
+    side by side with padding, which is exact: time and memory are then those of b sequences of the greatest length.
+    Nothing waits for a GPU, and a captured graph may be replayed with other boundaries.
 
     Args:
         query: Queries of all sequences, one after another.
@@ -43,8 +49,9 @@ def packed_random_feature_attention(
         value: Values, likewise.
         feature_map: phi. Parameters that depend on data are fitted to each sequence.
         cu_seqlens: Where sequences of queries begin and the last ends: 0, ..., t, ascending, int32 or int64. What it
-            holds is checked on the CPU only: a look at it would have to wait for a GPU.
-        max_seqlen: Length of the longest of them, or more.
+            holds is checked on the CPU only: a look at it would have to wait for a GPU. There, output and gradients of
+            tokens in no sequence are undefined: give tokens to spare a sequence of their own.
+        max_seqlen: Length of the longest of them, or more; on a GPU, tokens beyond it are in no sequence.
         cu_seqlens_key: The same of keys; None where queries and keys are the same tokens.
         max_seqlen_key: The same of keys.
         is_causal: Query t of a sequence sees its keys 0..t.
@@ -83,6 +90,10 @@ def packed_random_feature_attention(
         )
     if query.shape[0] == 0 or key.shape[0] == 0:
         return value.new_zeros(*query.shape[:2], value.shape[-1])
+    sequences = ops.Sequences(cu_seqlens, cu_seqlens_key, max_seqlen, max_seqlen_key)
+    if _unpadded(query, key, value, feature_map, is_causal, enable_gqa, backend):
+        check_dropout(dropout_p)
+        return _attend(query, key, value, feature_map, sequences, scale, dropout_p)
     of_query = _Places(cu_seqlens, max_seqlen, query.shape[0])
     of_key = of_query if cu_seqlens_key is cu_seqlens else _Places(cu_seqlens_key, max_seqlen_key, key.shape[0])
     out = random_feature_attention(
@@ -99,6 +110,40 @@ def packed_random_feature_attention(
         backend=backend,
     )
     return of_query.pack(out)
+
+
+def _unpadded(
+    query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, is_causal: bool, enable_gqa: bool, backend: str
+) -> bool:
+    """Whether the fused kernels take these tokens as they are."""
+    check_map(feature_map)
+    component = feature_map.component
+    q, k, v = (heads_first(x) for x in (query, key, value))
+    check_query_key(q, k, feature_map.head_dim, enable_gqa)
+    check_value(k, v)
+    if is_causal or component.trigonometric or not feature_map.positive:
+        return False
+    if ops.choose_backend(backend, q, k, v) != "triton":
+        return False
+    if not feature_map.data_dependent:
+        return True
+    return component.packs and not feature_map.center and not moments_refusals(q, k, component.order)
+
+
+def _attend(
+    query: Tensor,  # (t, h * g, d)
+    key: Tensor,  # (s, h, d)
+    value: Tensor,  # (s, h, e)
+    feature_map: FeatureMap,
+    sequences: ops.Sequences,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:  # (t, h * g, e)
+    q, k, v = (heads_first(x) for x in (query, key, value))
+    pair = feature_map(q, k, scale=scale, enable_gqa=True, sequences=sequences)
+    assert isinstance(pair, Exponential)
+    attended = pair.attend(drop_values(v, dropout_p), backend="triton", sequences=sequences)
+    return attended.out.to(value.dtype).squeeze(0).transpose(0, 1)
 
 
 def _check_boundaries(name: str, boundaries: object, longest: int, tokens: Tensor) -> None:

@@ -233,6 +233,8 @@ class ComponentFunction(nn.Module, ABC):
         needs_minimum: f translates the tokens, by their least coordinates: see :meth:`shift`.
         shared_log: All features of a token share their log, which then ends in 1 instead of f.
         needs_float64: Its log-features are small differences of large terms.
+        packs: What :meth:`fit` returns enters nothing but landmarks, their bias and coefficients of squared keys:
+            packed sequences can have parameters each without being padded.
         trigonometric: Its pair is a Trigonometric, which has fused kernels.
     """
 
@@ -243,6 +245,7 @@ class ComponentFunction(nn.Module, ABC):
     needs_minimum: ClassVar[bool] = False
     shared_log: ClassVar[bool] = False
     needs_float64: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
 
     def __init__(self, head_dim: int, *, num_heads: int | None = None, generator: torch.Generator) -> None:
         super().__init__()

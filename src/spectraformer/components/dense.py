@@ -63,6 +63,7 @@ class ADERF(OPRF):
     """
 
     order: ClassVar[Order] = "full"
+    packs: ClassVar[bool] = False
 
     def fit(self, q: Moments, k: Moments) -> Parameters:
         """P^(1/2), its inverse, and rho of the balanced tokens; in float64."""

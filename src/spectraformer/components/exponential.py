@@ -224,6 +224,7 @@ class OPRF(ComponentFunction):
     """
 
     order: ClassVar[Order] = "trace"
+    packs: ClassVar[bool] = True
 
     def feature_dim(self, num_rows: int) -> int:
         """One a row."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spectraformer import ops
+from spectraformer.ops.sequences import Sequences
 from spectraformer.weights.base import Projection
 
 # Elements of one block of explicit features of one side: bounds memory at any length, 64 MiB in float32.
@@ -117,6 +118,7 @@ class Exponential:
         state: ops.AttentionState | None = None,
         backend: str = "auto",
         is_causal: bool = False,
+        sequences: Sequences | None = None,
     ) -> Attended:
         """Attention output, (b, h * g, n, e); causal, from the first key on, or from ``state`` if one is given.
 
@@ -125,6 +127,7 @@ class Exponential:
             state: Where causal attention begins.
             backend: "auto", or one that accepts these tokens.
             is_causal: Implied by a state.
+            sequences: Of a packed batch; for backend "triton", and not causal.
         """
         if value.dtype != self.key.dtype:
             value = value.to(torch.promote_types(value.dtype, self.key.dtype))
@@ -138,7 +141,7 @@ class Exponential:
         if is_causal:
             out, after = ops.causal_landmark_attention(*operands, state, backend)
             return Attended(out, state=after)
-        return Attended(ops.run_landmark_attention(backend, *operands))
+        return Attended(ops.run_landmark_attention(backend, *operands, sequences))
 
     def _key_log_weight(self, backend: str) -> tuple[Tensor | None, Tensor | None]:
         """The log-weight t of keys, as bias and coefficients of their squares where kernels take it so."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectraformer.components.pairs import fold_groups
+from spectraformer.ops.sequences import Sequences
 from spectraformer.ops.triton import moments as fused
 
 Order = Literal["none", "trace", "diagonal", "full"]
@@ -115,6 +116,7 @@ def paired_moments(
     root: float,
     order: Order,
     minimum: bool,
+    sequences: Sequences | None = None,
 ) -> tuple[Moments, Moments]:
     """:func:`moments` of queries and of keys; query heads that share a key head are one sequence.
 
@@ -129,9 +131,10 @@ def paired_moments(
         root: The square root of the attention scale.
         order: How much of the second moments is computed.
         minimum: Whether the least coordinates are computed.
+        sequences: Of a packed batch, which must suit the fused kernels; b of the results is theirs.
     """
-    if not minimum and not fused.refusals(query, key, order):
-        mean, second = fused.sequence_moments(query, key, query_mask, key_mask, root, order)
+    if sequences is not None or (not minimum and not fused.refusals(query, key, order)):
+        mean, second = fused.sequence_moments(query, key, query_mask, key_mask, root, order, sequences=sequences)
         q, k = map(Moments, mean.unbind(), second.unbind())
         return q, k
     h = key.shape[1]

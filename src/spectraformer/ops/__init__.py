@@ -22,6 +22,7 @@ from spectraformer.ops import triton as kernels
 from spectraformer.ops.blocks import blocks
 from spectraformer.ops.hadamard import hadamard
 from spectraformer.ops.precision import compute_dtype, full_precision
+from spectraformer.ops.sequences import Sequences
 from spectraformer.ops.streaming import (
     AttentionState,
     absorb,
@@ -42,6 +43,7 @@ BACKENDS = ("auto", "triton", "cpu", "torch")
 __all__ = [
     "BACKENDS",
     "AttentionState",
+    "Sequences",
     "absorb",
     "advance",
     "blocks",
@@ -109,8 +111,9 @@ def run_landmark_attention(
     landmark_bias: Tensor,  # (b | 1, h | 1, m)
     key_bias: Tensor | None = None,  # (b | 1, h | 1, s)
     key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
+    sequences: Sequences | None = None,
 ) -> Tensor:  # (b, h * g, n, e)
-    """As :func:`landmark_attention` by a backend that was chosen, on operands that fit."""
+    """As :func:`landmark_attention` by a backend that was chosen, on operands that fit; "triton" takes sequences."""
     b, h, s, d = key.shape
     heads, n = query.shape[1:3]
     if b == 0 or n == 0 or s == 0:
@@ -118,7 +121,7 @@ def run_landmark_attention(
         return value.new_zeros(b, heads, n, value.shape[-1], dtype=dtype)
     if backend == "triton":
         operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
-        return kernels.landmark_attention(*operands)
+        return kernels.landmark_attention(*operands, sequences=sequences)
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, _whole_bias(key, key_bias, key_quadratic)
     )

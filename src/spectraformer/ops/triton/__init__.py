@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops.graph import is_exporting, is_plain
+from spectraformer.ops.sequences import Sequences
 
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,6 +79,7 @@ def landmark_attention(
     key_bias: Tensor | None = None,  # (b | 1, h | 1, s), -inf removes a key
     key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
     precision: str = "tf32x3",
+    sequences: Sequences | None = None,
 ) -> Tensor:  # (b, h * g, n, e)
     r"""Two softmax attentions chained through landmarks, see :mod:`spectraformer.ops`.
 
@@ -94,9 +96,12 @@ def landmark_attention(
         key_bias: t_n, float32, or None for 0. A head without any key gives 0.
         key_quadratic: C_c, float32, or None for 0.
         precision: Of products of float32 inputs: one of PRECISIONS.
+        sequences: Of a packed batch: tokens and their bias are one batch item then, and b above, of landmarks, their
+            bias and key_quadratic, is the number of sequences. No boundary leads outside of the tokens, but output
+            and gradients of a token that is in no sequence, or beyond the longest, are undefined.
 
     Returns:
-        Output, dense, in the dtype of the values. Differentiable once in every operand.
+        Output, dense (packed: tokens before heads), in the dtype of the values. Differentiable once in every operand.
 
     Raises:
         ValueError: If the precision is unknown.
@@ -111,15 +116,47 @@ def landmark_attention(
         x if x is None or (x.dtype == torch.float32 and x.stride(-1) == 1) else with_unit_stride(x.float())
         for x in (query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
     ]
+    packing = packing_of(sequences)
     if torch.is_grad_enabled() and True in [x is not None and x.requires_grad for x in operands]:
-        out: Tensor = _LandmarkAttention.apply(*operands, precision)
+        if torch.compiler.is_compiling():
+            # The compiler takes no tensor twice, and both sides may see the same landmarks.
+            operands = [None if x is None else x.view_as(x) for x in operands]
+        out: Tensor = _LandmarkAttention.apply(*operands, precision, *packing)
         return out
-    if not is_plain(*operands):
-        forward: Tensor = torch.ops.spectraformer.landmark_attention(*operands, False, precision)[0]
+    if not is_plain(*operands, *packing[:2]):
+        forward: Tensor = torch.ops.spectraformer.landmark_attention(*operands, False, precision, *packing)[0]
         return forward
     from spectraformer.ops.triton.launch import planned
 
-    return planned(_plan_output, operands, (precision,))[0]
+    output: Tensor = planned(_plan_output, (*operands, *packing[:2]), (precision, *packing[2:]))[0]
+    return output if sequences is None else heads_first(output)
+
+
+NOT_PACKED = (None, None, 0, 0)
+
+
+def packing_of(sequences: Sequences | None) -> tuple[Any, ...]:
+    """Sequences as the last arguments of operators: boundaries of keys are None where they are those of queries."""
+    if sequences is None:
+        return NOT_PACKED
+    query, key, *longest = sequences
+    return query.contiguous(), None if key is query else key.contiguous(), *longest
+
+
+def sequences_of(boundaries: Any, longest: Any) -> Sequences | None:
+    """The inverse of packing_of."""
+    query, key = boundaries
+    return None if query is None else Sequences(query, query if key is None else key, *longest)
+
+
+def completed(packing: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last arguments of an operator, of which those that have their default value are not given to it."""
+    return packing + NOT_PACKED[len(packing) :]
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """A packed result, (n, h, d), as one batch item, (1, h, n, d)."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def with_unit_stride(x: Tensor) -> Tensor:
@@ -131,49 +168,57 @@ OPERANDS = (
     "Tensor query, Tensor key, Tensor value, Tensor query_landmarks, Tensor key_landmarks, Tensor landmark_bias, "
     "Tensor? key_bias, Tensor? key_quadratic"
 )
+PACKING = "Tensor? query_boundaries=None, Tensor? key_boundaries=None, SymInt longest_query=0, SymInt longest_key=0"
 LIBRARY = torch.library.Library("spectraformer", "FRAGMENT")
 LIBRARY.define(
-    f"landmark_attention({OPERANDS}, bool needs_backward, str precision) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"landmark_attention({OPERANDS}, bool needs_backward, str precision, {PACKING}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     f"landmark_attention_backward(Tensor grad, {OPERANDS}, Tensor out, Tensor landmark_value, Tensor log_sum, "
-    "Tensor query_log_sum, bool[] wanted, str precision) -> Tensor[]"
+    f"Tensor query_log_sum, bool[] wanted, str precision, {PACKING}) -> Tensor[]"
 )
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     from spectraformer.ops.triton.launch import planned
 
-    return tuple(planned(_plan_forward, arguments[:8], arguments[8:]))
+    *boundaries, longest_query, longest_key = completed(arguments[10:])
+    settings = (*arguments[8:10], longest_query, longest_key)
+    out, *others = planned(_plan_forward, (*arguments[:8], *boundaries), settings)
+    return out if boundaries[0] is None else heads_first(out), *others
 
 
-def _plan_forward(operands: Any, needs_backward: bool, precision: str) -> Any:
+def _plan_forward(operands: Any, needs_backward: bool, precision: str, *longest: int) -> Any:
     from spectraformer.ops.triton.forward import plan_forward
 
-    return plan_forward(*operands, needs_backward=needs_backward, precision=precision)
+    sequences = sequences_of(operands[8:], longest)
+    return plan_forward(*operands[:8], needs_backward=needs_backward, precision=precision, sequences=sequences)
 
 
-def _plan_output(operands: Any, precision: str) -> Any:
+def _plan_output(operands: Any, precision: str, *longest: int) -> Any:
     """The forward without a backward: all but the output is scratch."""
-    launches, results = _plan_forward(operands, False, precision)
+    launches, results = _plan_forward(operands, False, precision, *longest)
     return launches, results[:1]
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from spectraformer.ops.triton.configurations import choose
 
-    query, key, value, query_landmarks, *_, needs_backward, _ = arguments
+    query, key, value, query_landmarks, *_ = arguments
+    needs_backward, boundaries = arguments[8], completed(arguments[10:])[0]
     (b, h), e, m = key.shape[:2], value.shape[-1], query_landmarks.shape[-2]
+    rows, (heads, n) = b * query.shape[1], query.shape[1:3]
+    out = query.new_empty(b, heads, n, e)
+    if boundaries is not None:
+        b, rows, out = len(boundaries) - 1, heads, heads_first(query.new_empty(n, heads, e))
     block = choose("keys", key.dtype, max(key.shape[-1], e), m).landmarks
     padded = -(-m // block) * block
     floats = {"dtype": torch.float32}
     return (
-        query.new_empty(*query.shape[:3], e),
+        out,
         query.new_empty(b * h, padded, e, **floats),
         query.new_empty(b * h, padded, **floats),
-        query.new_empty(b * query.shape[1], query.shape[2], **floats)
-        if needs_backward
-        else query.new_empty(0, **floats),
+        query.new_empty(rows, n, **floats) if needs_backward else query.new_empty(0, **floats),
     )
 
 
@@ -181,8 +226,12 @@ def _backward(*arguments: Any) -> list[Tensor]:
     """Gradients of query, key and value, then of those of the five other operands that are given and wanted."""
     from spectraformer.ops.triton.launch import planned
 
-    *operands, wanted, precision = arguments
-    query, key, value, *found = planned(_plan_backward, operands, (*wanted, precision))
+    operands, (wanted, precision) = list(arguments[:13]), arguments[13:15]
+    *boundaries, longest_query, longest_key = completed(arguments[15:])
+    if boundaries[0] is not None:
+        operands[9] = operands[9].transpose(1, 2).contiguous()  # as the forward made it, whatever became of it
+    settings = (*wanted, precision, longest_query, longest_key)
+    query, key, value, *found = planned(_plan_backward, (*operands, *boundaries), settings)
 
     def summed(x: Tensor, like: Tensor, *, pieces: bool) -> Tensor:
         if pieces and like.ndim == 4:
@@ -192,21 +241,27 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
     in_pieces = (True, True, False, False, True)
     others = zip(found, operands[4:9], in_pieces, wanted, strict=True)
+    if boundaries[0] is not None:
+        query, key, value = (heads_first(x) for x in (query, key, value))
     return [query, key, value, *[summed(x, y, pieces=p) for x, y, p, w in others if w and y is not None]]
 
 
 def _plan_backward(operands: Any, *settings: Any) -> Any:
     from spectraformer.ops.triton.backward import Wanted, plan_backward
 
-    *wanted, precision = settings
-    return plan_backward(*operands, wanted=Wanted(*wanted), precision=precision)
+    *wanted, precision, longest_query, longest_key = settings
+    sequences = sequences_of(operands[13:], (longest_query, longest_key))
+    return plan_backward(*operands[:13], wanted=Wanted(*wanted), precision=precision, sequences=sequences)
 
 
 def _backward_shapes(*arguments: Any) -> list[Tensor]:
-    operands, wanted = arguments[1:9], arguments[-2]
+    operands, wanted, boundaries = arguments[1:9], arguments[13], completed(arguments[15:])[0]
     others = [x for x, w in zip(operands[3:], wanted, strict=True) if w and x is not None]
+    tokens = [x.new_empty(x.shape) for x in operands[:3]]
+    if boundaries is not None:
+        tokens = [heads_first(x.new_empty(x.shape[2], x.shape[1], x.shape[3])) for x in tokens]
     return [
-        *[x.new_empty(x.shape) for x in operands[:3]],
+        *tokens,
         *[x.new_empty(x.shape, dtype=torch.float32) for x in others],
     ]
 
@@ -223,11 +278,11 @@ for _name, _run, _shapes in (
 class _LandmarkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *operands, precision = arguments
-        run = _forward if is_plain(*operands) else torch.ops.spectraformer.landmark_attention
-        results = run(*operands, True, precision)
-        ctx.save_for_backward(*operands, *results)
-        ctx.precision = precision
+        operands, precision, packing = arguments[:8], arguments[8], arguments[9:]
+        run = _forward if is_plain(*operands, *packing[:2]) else torch.ops.spectraformer.landmark_attention
+        results = run(*operands, True, precision, *packing)
+        ctx.save_for_backward(*operands, *results, *packing[:2])
+        ctx.precision, ctx.longest = precision, packing[2:]
         out: Tensor = results[0]
         return out
 
@@ -236,9 +291,9 @@ class _LandmarkAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs, tensors = ctx.needs_input_grad, (with_unit_stride(grad), *ctx.saved_tensors)
         run = _backward if is_plain(*tensors) else torch.ops.spectraformer.landmark_attention_backward
-        found = run(*tensors, needs[3:8], ctx.precision)
+        found = run(*tensors[:-2], needs[3:8], ctx.precision, *tensors[-2:], *ctx.longest)
         others = iter(found[3:])
-        return (*found[:3], *(next(others) if need else None for need in needs[3:8]), None)
+        return (*found[:3], *(next(others) if need else None for need in needs[3:8]), *[None] * 5)
 
 
 if _file := os.environ.get("SPECTRAFORMER_TRITON_CONFIGURATIONS"):  # what `spectraformer bench tune` wrote

@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from spectraformer.ops.sequences import Sequences, extents
 from spectraformer.ops.triton.configurations import Configuration, choose, split
 from spectraformer.ops.triton.key_backward import key_gradient_kernel, key_landmark_gradient_kernel
 from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
@@ -41,13 +42,13 @@ class Wanted(NamedTuple):
 class Gradients(NamedTuple):
     """What the kernels fill, dense; None where not wanted. Pieces are still to be added, rows beyond m cut."""
 
-    query: Tensor  # (b, h g, n, d)
-    key: Tensor  # (b, h, s, d)
-    value: Tensor  # (b, h, s, e)
+    query: Tensor  # (b, h g, n, d); packed (n, h g, d)
+    key: Tensor  # (b, h, s, d); packed (s, h, d)
+    value: Tensor  # (b, h, s, e); packed (s, h, e)
     query_landmarks: Tensor | None  # (b, h, g pieces, m padded, d) float32
     key_landmarks: Tensor | None  # (b, h, pieces, m padded, d) float32
     landmark_bias: Tensor | None  # (b, h, m) float32
-    key_bias: Tensor | None  # (b, h, s) float32
+    key_bias: Tensor | None  # (b, h, s) float32; packed (1, h, s)
     key_quadratic: Tensor | None  # (b, h, pieces, d) float32
 
 
@@ -68,6 +69,7 @@ def plan_backward(
     *,
     wanted: Wanted,
     precision: str,
+    sequences: Sequences | None = None,
     configurations: Mapping[str, Configuration] | None = None,
 ) -> tuple[list[Launch], Gradients]:
     """The kernels of the backward and the tensors they fill; operands as the forward had and returned them.
@@ -88,10 +90,12 @@ def plan_backward(
         query_log_sum: The forward's log-sum-exps of queries.
         wanted: Which gradients to compute.
         precision: Of float32 products, as Triton names it.
+        sequences: Of packed operands, as the forward had them.
         configurations: By name of pass, in place of the table's.
     """
-    b, h, s, d = key.shape
+    h, s, d = key.shape[1:]
     query_heads, n = query.shape[1:3]
+    b, longest_query, longest_key, query_share, key_share = extents(query, key, sequences)
     groups = query_heads // h
     e, m = value.shape[-1], query_landmarks.shape[-2]
     new = query.new_empty
@@ -107,16 +111,20 @@ def plan_backward(
 
     def compile_time(chosen: Configuration, tokens: int, *, resident: bool = False) -> dict[str, Any]:
         found = constants(chosen, m, d, e, precision, resident=resident)
-        return found | {"PRODUCT": product, "EVEN": tokens % chosen.tokens == 0}
+        return found | {"PRODUCT": product, "EVEN": sequences is None and tokens % chosen.tokens == 0}
 
-    grad_query, grad_key, grad_value = new(b, query_heads, n, d), new(b, h, s, d), new(b, h, s, e)
+    shapes = ((query_heads, n, d), (h, s, d), (h, s, e))
+    grad_query, grad_key, grad_value = (
+        new(b, heads, *rest) if sequences is None else new(rest[0], heads, rest[1]) for heads, *rest in shapes
+    )
     grad_landmark_value, grad_log_sum, sum_inner = floats(b, h, m, e), floats(b, h, m), floats(b, h, m)
-    inner = floats(b * query_heads, n)
+    inner = floats(*query_log_sum.shape)
     of_queries = {
         "query": query,
         "grad": grad,
         "query_landmarks": query_landmarks,
         "landmark_bias": landmark_bias,
+        "query_boundaries": None if sequences is None else sequences.query,
         "landmark_value": landmark_value,
         "log_sum": log_sum,
         "query_log_sum": query_log_sum,
@@ -130,7 +138,7 @@ def plan_backward(
     chosen = configuration("landmark_sums_learned" if wanted.query_landmarks else "landmark_sums")
     blocks = -(-m // chosen.landmarks)
     padded = blocks * chosen.landmarks
-    pieces, span = split(n, b * query_heads * blocks, chosen)
+    pieces, span = split(longest_query, b * query_heads * blocks, chosen, query_share)
     partial_value = floats(b * query_heads, pieces, padded, e)
     partial_inner = floats(b * query_heads, pieces, padded)
     grad_query_landmarks = floats(b, h, groups * pieces, padded, d) if wanted.query_landmarks else None
@@ -170,7 +178,7 @@ def plan_backward(
         ),
     ]
     chosen = configuration("queries_backward")
-    pieces, span = split(n, b * query_heads, chosen)
+    pieces, span = split(longest_query, b * query_heads, chosen, query_share)
     launches.append(
         Launch(
             query_gradient_kernel,
@@ -188,6 +196,7 @@ def plan_backward(
         "key_landmarks": key_landmarks,
         "key_bias": key_bias,
         "key_quadratic": key_quadratic,
+        "key_boundaries": None if sequences is None else sequences.key,
         "log_sum": log_sum,
         "grad_landmark_value": grad_landmark_value,
         "sum_inner": sum_inner,
@@ -196,8 +205,8 @@ def plan_backward(
         "s": s,
         "m_padded_forward": log_sum.shape[-1],
     }
-    pieces, _ = split(s, b * h, configuration("keys_backward"))
-    grad_key_bias = floats(b, h, s) if wanted.key_bias else None
+    pieces, _ = split(longest_key, b * h, configuration("keys_backward"), key_share)
+    grad_key_bias = floats(b if sequences is None else 1, h, s) if wanted.key_bias else None
     grad_key_quadratic = floats(b, h, pieces, d) if wanted.key_quadratic else None
     of_key: dict[str, Tensor | None] = {
         "grad_key": grad_key,
@@ -211,7 +220,7 @@ def plan_backward(
         *(() if together else (("values_backward", of_value),)),
     ):
         chosen = configuration(name)
-        pieces, span = split(s, b * h, chosen)
+        pieces, span = split(longest_key, b * h, chosen, key_share)
         launches.append(
             Launch(
                 key_gradient_kernel,
@@ -226,7 +235,7 @@ def plan_backward(
     if wanted.key_landmarks:
         chosen = configuration("keys_backward_learned")
         blocks = -(-m // chosen.landmarks)
-        pieces, span = split(s, b * h * blocks, chosen)
+        pieces, span = split(longest_key, b * h * blocks, chosen, key_share)
         grad_key_landmarks = floats(b, h, pieces, blocks * chosen.landmarks, d)
         launches.append(
             Launch(

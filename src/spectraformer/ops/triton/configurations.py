@@ -21,6 +21,8 @@ PASSES = (
     "values_backward",
     "keys_backward_learned",  # the gradient of landmarks that keys see
 )
+# Programs, idle ones included, per program to aim at: each may leave a state behind, whose memory is to be bounded.
+MOST_IDLE = 4
 HEAD_DIMS = (32, 64, 128, 256)
 LANDMARKS = (64, 128, 256)
 
@@ -127,15 +129,17 @@ def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Conf
     return chosen._replace(resident=False) if landmarks > LANDMARKS[-1] else chosen
 
 
-def split(tokens: int, independent: int, configuration: Configuration) -> tuple[int, int]:
+def split(tokens: int, independent: int, configuration: Configuration, share: float = 1.0) -> tuple[int, int]:
     """Pieces to cut a sequence into: (number of pieces, tokens of each but the last).
 
     Args:
-        tokens: Length of the sequence, >= 1.
+        tokens: Length of the sequence, the longest if they differ, >= 1.
         independent: Programs there are without cutting.
         configuration: Gives the tile and the number of programs to aim at.
+        share: Share of the work there would be if all sequences were as long; programs of the rest end at once.
     """
     tiles = -(-tokens // configuration.tokens)
-    pieces = max(1, min(tiles, configuration.programs // independent))
+    most = MOST_IDLE * configuration.programs // independent
+    pieces = max(1, min(tiles, int(configuration.programs / (independent * share)), most))
     span = -(-tiles // pieces) * configuration.tokens
     return -(-tokens // span), span

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectraformer.ops.sequences import Sequences, extents
 from spectraformer.ops.triton.configurations import Configuration, choose, split
 from spectraformer.ops.triton.key_forward import key_kernel, merge_kernel
 from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
@@ -31,25 +32,31 @@ def plan_forward(
     *,
     needs_backward: bool,
     precision: str,
+    sequences: Sequences | None = None,
     keys: Configuration | None = None,
     queries: Configuration | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The kernels of the forward and the tensors they fill.
 
+    Packed sequences are one batch item of operands, except that landmarks, their bias and key_quadratic may be of
+    every sequence; b below is the number of sequences.
+
     Returns:
-        Launches in order, and: output (b, h g, n, e); landmark values (b h, m padded, e) and log-sum-exps
-        (b h, m padded) in units of log 2, float32; log-sum-exps of queries (b h g, n), empty unless needs_backward.
+        Launches in order, and: output (b, h g, n, e), packed (n, h g, e); landmark values (b h, m padded, e) and
+        log-sum-exps (b h, m padded) in units of log 2, float32; log-sum-exps of queries (b h g, n), packed (h g, n),
+        empty unless needs_backward.
     """
-    b, h, s, d = key.shape
+    h, s, d = key.shape[1:]
     query_heads, n = query.shape[1:3]
+    b, longest_query, longest_key, query_share, key_share = extents(query, key, sequences)
     e, m = value.shape[-1], query_landmarks.shape[-2]
     keys = keys or choose("keys", key.dtype, max(d, e), m)
     queries = queries or choose("queries", key.dtype, max(d, e), m)
     key_constants = constants(keys, m, d, e, precision)
     padded = key_constants["BLOCKS"] * keys.landmarks
-    pieces, span = split(s, b * h * key_constants["BLOCKS"], keys)
+    pieces, span = split(longest_key, b * h * key_constants["BLOCKS"], keys, key_share)
     # The exponents of float16 are too few for one.
-    fixed = key.dtype != torch.float16
+    fixed, even = key.dtype != torch.float16, sequences is None
     new = query.new_empty
     landmark_value, log_sum = new(b * h, padded, e, dtype=torch.float32), new(b * h, padded, dtype=torch.float32)
     partial_value, partial_total, partial_peak = landmark_value, log_sum, None
@@ -66,6 +73,7 @@ def plan_forward(
                 "key_landmarks": key_landmarks,
                 "key_bias": key_bias,
                 "key_quadratic": key_quadratic,
+                "key_boundaries": None if sequences is None else sequences.key,
                 "landmark_value": partial_value,
                 "peak": partial_peak,
                 "total": partial_total,
@@ -76,7 +84,7 @@ def plan_forward(
                 "span": span,
                 "pieces": pieces,
             },
-            {"ONE_PIECE": pieces == 1, "FIXED_REFERENCE": fixed, "EVEN": s % keys.tokens == 0, **key_constants},
+            key_constants | {"ONE_PIECE": pieces == 1, "FIXED_REFERENCE": fixed, "EVEN": even and s % keys.tokens == 0},
             keys.warps,
             keys.registers,
         )
@@ -101,10 +109,11 @@ def plan_forward(
                 4,
             )
         )
-    out = new(b, query_heads, n, e)
-    query_log_sum = new(b * query_heads, n, dtype=torch.float32) if needs_backward else None
+    out = new(b, query_heads, n, e) if sequences is None else new(n, query_heads, e)
+    rows = b * query_heads if sequences is None else query_heads
+    query_log_sum = new(rows, n, dtype=torch.float32) if needs_backward else None
     key_pieces = pieces
-    pieces, span = split(n, b * query_heads, queries)
+    pieces, span = split(longest_query, b * query_heads, queries, query_share)
     launches.append(
         Launch(
             query_kernel,
@@ -113,6 +122,7 @@ def plan_forward(
                 "query": query,
                 "query_landmarks": query_landmarks,
                 "landmark_bias": landmark_bias,
+                "query_boundaries": None if sequences is None else sequences.query,
                 "landmark_value": landmark_value,
                 "log_sum": log_sum,
                 "partial_value": partial_value if merge_at_once else None,
@@ -129,7 +139,7 @@ def plan_forward(
                 "key_pieces": key_pieces,
                 "m_padded": padded,
             },
-            {"FIXED_REFERENCE": fixed, "EVEN": n % queries.tokens == 0, **query_constants},
+            query_constants | {"FIXED_REFERENCE": fixed, "EVEN": even and n % queries.tokens == 0},
             queries.warps,
             queries.registers,
         )

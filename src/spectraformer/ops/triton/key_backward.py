@@ -23,7 +23,9 @@ from spectraformer.ops.triton.tiles import (
     exponent_parts,
     load_key_landmarks,
     load_keys,
+    output_places,
     parts_of,
+    sequence_bounds,
     store_tile,
     store_vector,
 )
@@ -36,12 +38,13 @@ def key_gradient_kernel(
     key_landmarks,
     key_bias,
     key_quadratic,
+    key_boundaries,  # (b + 1,): sequences are packed into one batch item; or None
     log_sum,  # (b h, forward's m padded) float32, units of log 2
     grad_landmark_value,  # (b h, m, e) float32
     sum_inner,  # (b h, m) float32
-    grad_key,  # (b h, s, d), or None
-    grad_value,  # (b h, s, e), or None
-    grad_key_bias,  # (b h, s) float32, or None
+    grad_key,  # (b h, s, d); packed (s, h, d); or None
+    grad_value,  # (b h, s, e); packed (s, h, e); or None
+    grad_key_bias,  # (b h, s) float32; packed (h, s); or None
     grad_key_quadratic,  # (b h, pieces, d) float32, or None
     key_batch,
     key_head,
@@ -83,16 +86,18 @@ def key_gradient_kernel(
     piece = program % pieces
     flat = tl.cast(program // pieces, tl.int64)
     batch, head = flat // heads, flat % heads
+    begin, length = sequence_bounds(key_boundaries, batch, s)
     first = piece * span
-    last = tl.minimum(first + span, s)
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
+    last = tl.minimum(first + span, length)
+    key += batch * key_batch + head * key_head + begin * key_row
+    value += batch * value_batch + head * value_head + begin * value_row
+    place, step, number = output_places(key_boundaries, begin, flat, heads, s)
     key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
     log_sum += flat * m_padded_forward
     grad_landmark_value += flat * M * E
     sum_inner += flat * M
     if key_bias is not None:
-        key_bias += batch * key_bias_batch + head * key_bias_head
+        key_bias += batch * key_bias_batch + head * key_bias_head + begin
     column = tl.arange(0, D_PADDED)
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
@@ -153,17 +158,16 @@ def key_gradient_kernel(
         if OF_KEYS:
             if key_quadratic is not None:
                 dk += (2 * dt)[:, None] * (quadratic[None, :] * k.to(tl.float32))
-            store_tile(grad_key + (flat * s + offset) * D, row, D, rows, dk, D, D_PADDED)
+            store_tile(grad_key + (place + offset * step) * D, row, step * D, rows, dk, D, D_PADDED)
             if grad_key_bias is not None:
-                store_vector(grad_key_bias + flat * s + start, row, rows, dt)
+                store_vector(grad_key_bias + number + start, row, rows, dt)
             if grad_key_quadratic is not None:
                 sum_quadratic += dt[:, None] * k.to(tl.float32) * k.to(tl.float32)
         if OF_VALUES:
-            store_tile(grad_value + (flat * s + offset) * E, row, E, rows, dv, E, E_PADDED)
+            store_tile(grad_value + (place + offset * step) * E, row, step * E, rows, dv, E, E_PADDED)
 
     if grad_key_quadratic is not None:
-        place = (flat * pieces + piece) * D
-        tl.store(grad_key_quadratic + place + column, tl.sum(sum_quadratic, 0), mask=column < D)
+        tl.store(grad_key_quadratic + (flat * pieces + piece) * D + column, tl.sum(sum_quadratic, 0), mask=column < D)
 
 
 @triton.jit
@@ -205,6 +209,7 @@ def key_landmark_gradient_kernel(
     key_landmarks,
     key_bias,
     key_quadratic,
+    key_boundaries,  # (b + 1,): sequences are packed into one batch item; or None
     log_sum,  # (b h, forward's m padded) float32, units of log 2
     grad_landmark_value,  # (b h, m, e) float32
     sum_inner,  # (b h, m) float32
@@ -246,12 +251,13 @@ def key_landmark_gradient_kernel(
     piece = (program // BLOCKS) % pieces
     flat = tl.cast(program // (BLOCKS * pieces), tl.int64)
     batch, head = flat // heads, flat % heads
+    begin, length = sequence_bounds(key_boundaries, batch, s)
     first = piece * span
-    last = tl.minimum(first + span, s)
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
+    last = tl.minimum(first + span, length)
+    key += batch * key_batch + head * key_head + begin * key_row
+    value += batch * value_batch + head * value_head + begin * value_row
     if key_bias is not None:
-        key_bias += batch * key_bias_batch + head * key_bias_head
+        key_bias += batch * key_bias_batch + head * key_bias_head + begin
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
     landmark = block * LANDMARKS + tl.arange(0, LANDMARKS)
@@ -274,6 +280,6 @@ def key_landmark_gradient_kernel(
         ds = p * (tl.dot(do, tl.trans(v.to(PRODUCT)), input_precision=PRECISION) - constant[:, None])
         of_landmarks = tl.dot(ds.to(PRODUCT), k.to(PRODUCT), of_landmarks, input_precision=PRECISION)
 
-    place = (flat * pieces + piece) * (BLOCKS * LANDMARKS) + landmark
+    partial = (flat * pieces + piece) * (BLOCKS * LANDMARKS) + landmark
     column = tl.arange(0, D_PADDED)
-    tl.store(grad_key_landmarks + place[:, None] * D + column[None, :], of_landmarks, mask=(column < D)[None, :])
+    tl.store(grad_key_landmarks + partial[:, None] * D + column[None, :], of_landmarks, mask=(column < D)[None, :])

@@ -24,6 +24,7 @@ from spectraformer.ops.triton.tiles import (
     load_keys,
     load_tile,
     merge_pieces,
+    sequence_bounds,
     store_tile,
 )
 
@@ -38,6 +39,7 @@ def key_kernel(
     key_landmarks,
     key_bias,
     key_quadratic,
+    key_boundaries,  # (b + 1,): sequences are packed into one batch item; or None
     landmark_value,  # (b h, pieces, m padded, e) float32, divided by the sum where there is one piece
     peak,  # (b h, pieces, m padded) float32
     total,  # (b h, pieces, m padded) float32; with one piece, the log-sum-exp instead
@@ -78,13 +80,14 @@ def key_kernel(
     piece = (program // BLOCKS) % pieces
     flat = tl.cast(program // (BLOCKS * pieces), tl.int64)
     batch, head = flat // heads, flat % heads
+    begin, length = sequence_bounds(key_boundaries, batch, s)
     first = piece * span
-    last = tl.minimum(first + span, s)
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
+    last = tl.minimum(first + span, length)
+    key += batch * key_batch + head * key_head + begin * key_row
+    value += batch * value_batch + head * value_head + begin * value_row
     key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
     if key_bias is not None:
-        key_bias += batch * key_bias_batch + head * key_bias_head
+        key_bias += batch * key_bias_batch + head * key_bias_head + begin
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
     element = key.dtype.element_ty

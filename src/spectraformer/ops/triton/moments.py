@@ -14,12 +14,13 @@ from torch import Tensor
 
 from spectraformer.ops import triton as kernels
 from spectraformer.ops.graph import is_plain
+from spectraformer.ops.sequences import Sequences
 
 ORDERS = ("none", "trace", "diagonal", "full")
 LIBRARY = torch.library.Library("spectraformer", "FRAGMENT")
 LIBRARY.define(
     "sequence_moments(Tensor query, Tensor key, Tensor? query_mask, Tensor? key_mask, float root, str order, "
-    "str precision) -> (Tensor, Tensor)"
+    f"str precision, {kernels.PACKING}) -> (Tensor, Tensor)"
 )
 
 
@@ -43,6 +44,7 @@ def sequence_moments(
     root: float,
     order: str,
     precision: str = "tf32x3",
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:  # (2, b, h, d), (2, b, h, d) or (2, b, h, d, d)
     r"""Mean and second moment of ``root * tokens`` over real tokens, of queries [0] and of keys [1]; without gradient.
 
@@ -56,6 +58,7 @@ def sequence_moments(
         root: The square root of the attention scale.
         order: Second moments wanted: "none" (zeros), "trace" (its d-th part in each entry), "diagonal" or "full".
         precision: Of products of float32 tokens, where order is "full": "tf32x3" or "ieee".
+        sequences: Of a packed batch: tokens and masks are one batch item then, and b of the results is theirs.
 
     Returns:
         Mean, (2, b, h, d), and second moment, (2, b, h, d), or (2, b, h, d, d) for "full": float32, float64 for
@@ -68,8 +71,9 @@ def sequence_moments(
         raise ValueError(f"order is {order!r}; expected one of {ORDERS}")
     if precision not in kernels.PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {kernels.PRECISIONS}")
-    arguments = query, key, query_mask, key_mask, root, order, precision
-    if is_plain(*arguments[:4]):
+    packing = kernels.packing_of(sequences)
+    arguments = query, key, query_mask, key_mask, root, order, precision, *packing
+    if is_plain(*arguments[:4], *packing[:2]):
         return _run(*arguments)
     with torch.no_grad():
         found: tuple[Tensor, Tensor] = torch.ops.spectraformer.sequence_moments(*arguments)
@@ -83,18 +87,22 @@ def _run(
 
     query, key = kernels.with_unit_stride(query), kernels.with_unit_stride(key)
     masks = (None if x is None else x.view(torch.uint8) for x in (query_mask, key_mask))
-    mean, second = planned(_plan, (query, key, *masks), settings)
+    *boundaries, longest_query, longest_key = kernels.completed(settings[3:])
+    operands = (query, key, *masks, *boundaries)
+    mean, second = planned(_plan, operands, (*settings[:3], longest_query, longest_key))
     return mean, second
 
 
-def _plan(operands: Any, root: float, order: str, precision: str) -> Any:
+def _plan(operands: Any, root: float, order: str, precision: str, *longest: int) -> Any:
     from spectraformer.ops.triton.moments_kernel import plan_moments
 
-    return plan_moments(*operands, root=root, order=order, precision=precision)
+    sequences = kernels.sequences_of(operands[4:], longest)
+    return plan_moments(*operands[:4], root=root, order=order, precision=precision, sequences=sequences)
 
 
 def _shapes(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    (b, h, _, d), order = key.shape, arguments[-2]
+    (b, h, _, d), order, boundaries = key.shape, arguments[3], kernels.completed(arguments[5:])[0]
+    b = b if boundaries is None else len(boundaries) - 1
     dtype = torch.float64 if order == "full" else torch.float32
     mean = query.new_empty(2, b, h, d, dtype=dtype)
     return mean, query.new_empty(*mean.shape, d, dtype=dtype) if order == "full" else torch.empty_like(mean)

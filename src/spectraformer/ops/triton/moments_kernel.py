@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spectraformer.ops.sequences import Sequences, extents
 from spectraformer.ops.triton.configurations import Configuration, split
 from spectraformer.ops.triton.launch import Launch, padded_dim, strides
+from spectraformer.ops.triton.tiles import sequence_bounds
 
 # Sizes that must not compile a kernel anew when they change.
 SIZES = ("heads", "groups", "n", "s", "query_span", "query_pieces", "key_span", "key_pieces", "query_parts", "flats")
@@ -34,6 +36,8 @@ def moments_kernel(
     key,
     query_mask,  # (b, n) uint8, or None
     key_mask,  # (b, s) uint8, or None
+    query_boundaries,  # (b + 1,): sequences are packed into one batch item; or None
+    key_boundaries,
     mean,  # (parts, d) sums; MERGED: (2 b h, d) means
     second,  # (parts, d) or FULL (parts, d, d) sums; MERGED: (2 b h, ...) second moments
     count,  # (parts,) int32; MERGED: None
@@ -74,22 +78,24 @@ def moments_kernel(
         flat = tl.cast(part // query_pieces, tl.int64)
         batch = flat // (heads * groups)
         first = (part % query_pieces) * query_span
+        begin, length = sequence_bounds(query_boundaries, batch, n)
         if query_mask is not None:
-            query_mask += batch * query_mask_batch
+            query_mask += batch * query_mask_batch + begin * query_mask_row
         _sum(
-            query + batch * query_batch + (flat % (heads * groups)) * query_head, query_row, query_mask,
-            query_mask_row, first, tl.minimum(first + query_span, n), mean, second, count, part, block, root,
-            root_rest, D, COLUMNS, BLOCKS, TOKENS, STAGES, ORDER, MERGED, PRECISION,
+            query + batch * query_batch + (flat % (heads * groups)) * query_head + begin * query_row, query_row,
+            query_mask, query_mask_row, first, tl.minimum(first + query_span, length), mean, second, count, part, block,
+            root, root_rest, D, COLUMNS, BLOCKS, TOKENS, STAGES, ORDER, MERGED, PRECISION,
         )  # fmt: skip
     else:
         flat = tl.cast((part - query_parts) // key_pieces, tl.int64)
         batch = flat // heads
         first = ((part - query_parts) % key_pieces) * key_span
+        begin, length = sequence_bounds(key_boundaries, batch, s)
         if key_mask is not None:
-            key_mask += batch * key_mask_batch
+            key_mask += batch * key_mask_batch + begin * key_mask_row
         _sum(
-            key + batch * key_batch + (flat % heads) * key_head, key_row, key_mask,
-            key_mask_row, first, tl.minimum(first + key_span, s), mean, second, count, part, block, root,
+            key + batch * key_batch + (flat % heads) * key_head + begin * key_row, key_row, key_mask,
+            key_mask_row, first, tl.minimum(first + key_span, length), mean, second, count, part, block, root,
             root_rest, D, COLUMNS, BLOCKS, TOKENS, STAGES, ORDER, MERGED, PRECISION,
         )  # fmt: skip
 
@@ -251,18 +257,20 @@ def plan_moments(
     root: float,
     order: str,
     precision: str,
+    sequences: Sequences | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The kernels and the tensors they fill: mean (2, b, h, d), second (2, b, h, d) or (2, b, h, d, d)."""
-    b, h, s, d = key.shape
+    h, s, d = key.shape[1:]
     query_heads, n = query.shape[1:3]
+    b, longest_query, longest_key, query_share, key_share = extents(query, key, sequences)
     full = order == "full"
     columns = min(padded_dim(d), BLOCK) if full else padded_dim(d)
     blocks = -(-d // columns) if full else 1
     tokens = 64 if full else max(16, 4096 // columns)
     cut = Configuration(columns, tokens, 4, 3, PROGRAMS[order])
     independent = b * (query_heads + h) * blocks * blocks
-    query_pieces, query_span = split(n, independent, cut)
-    key_pieces, key_span = split(s, independent, cut)
+    query_pieces, query_span = split(longest_query, independent, cut, query_share)
+    key_pieces, key_span = split(longest_key, independent, cut, key_share)
     query_parts, parts = b * query_heads * query_pieces, b * query_heads * query_pieces + b * h * key_pieces
     merged = parts == 2 * b * h
 
@@ -283,7 +291,7 @@ def plan_moments(
         "root_rest": root - rounded,
     }
     masks = {
-        f"{name}_mask_{dimension}": 0 if x is None else x.stride(i)
+        f"{name}_mask_{dimension}": 0 if x is None or x.shape[i] == 1 else x.stride(i)
         for name, x in (("query", query_mask), ("key", key_mask))
         for i, dimension in enumerate(("batch", "row"))
     }
@@ -296,6 +304,8 @@ def plan_moments(
                 "key": key,
                 "query_mask": query_mask,
                 "key_mask": key_mask,
+                "query_boundaries": None if sequences is None else sequences.query,
+                "key_boundaries": None if sequences is None else sequences.key,
                 "mean": partial_mean,
                 "second": partial_second,
                 "count": count,

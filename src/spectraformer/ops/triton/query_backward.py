@@ -25,6 +25,8 @@ from spectraformer.ops.triton.tiles import (
     load_query_landmarks,
     load_tile,
     load_vector,
+    output_places,
+    sequence_bounds,
     store_tile,
     store_vector,
 )
@@ -33,14 +35,15 @@ from spectraformer.ops.triton.tiles import (
 @triton.jit(do_not_specialize=SIZES)
 def landmark_sums_kernel(
     query,
-    out,  # (b h g, n, e)
+    out,  # (b h g, n, e); packed (n, h g, e)
     grad,  # (b h g, n, e)
     query_landmarks,
     landmark_bias,
+    query_boundaries,  # (b + 1,): sequences are packed into one batch item; or None
     landmark_value,  # (b h, m padded, e) float32
     log_sum,  # (b h, m padded) float32, units of log 2
-    query_log_sum,  # (b h g, n) float32, units of log 2
-    inner,  # (b h g, n) float32: delta, for the gradient of queries
+    query_log_sum,  # (b h g, n) float32, units of log 2; packed (h g, n)
+    inner,  # as query_log_sum: delta, for the gradient of queries
     grad_landmark_value,  # (b h g, pieces, m padded, e) float32
     sum_inner,  # (b h g, pieces, m padded) float32: c
     grad_query_landmarks,  # (b h g, pieces, m padded, d) float32, or None
@@ -80,14 +83,16 @@ def landmark_sums_kernel(
     piece = (program // BLOCKS) % pieces
     flat = tl.cast(program // (BLOCKS * pieces), tl.int64)
     first = piece * span
-    last = tl.minimum(first + span, n)
     shared = flat // groups
     batch, head = shared // heads, shared % heads
-    query += batch * query_batch + (flat % (heads * groups)) * query_head
-    grad += batch * grad_batch + (flat % (heads * groups)) * grad_head
-    out += flat * n * E
-    query_log_sum += flat * n
-    inner += flat * n
+    begin, length = sequence_bounds(query_boundaries, batch, n)
+    last = tl.minimum(first + span, length)
+    place, step, number = output_places(query_boundaries, begin, flat, heads * groups, n)
+    query += batch * query_batch + (flat % (heads * groups)) * query_head + begin * query_row
+    grad += batch * grad_batch + (flat % (heads * groups)) * grad_head + begin * grad_row
+    out += place * E
+    query_log_sum += number
+    inner += number
     query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
     landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
     element = query.dtype.element_ty
@@ -109,7 +114,7 @@ def landmark_sums_kernel(
             rows = None
         q = load_tile(query + offset * query_row, row, query_row, rows, D, D_PADDED)
         do = load_tile(grad + offset * grad_row, row, grad_row, rows, E, E_PADDED)
-        result = load_tile(out + offset * E, row, E, rows, E, E_PADDED)
+        result = load_tile(out + offset * step * E, row, step * E, rows, E, E_PADDED)
         normaliser = load_vector(query_log_sum + start, row, rows, float("inf"))
         delta = tl.sum(do.to(tl.float32) * result.to(tl.float32), 1)
         # Else every thread would load what it needs of these from memory, instead of from the others.
@@ -124,13 +129,15 @@ def landmark_sums_kernel(
             ds = p * (tl.dot(o, tl.trans(do), input_precision=PRECISION) - delta[None, :])
             of_landmarks = tl.dot(ds.to(PRODUCT), q.to(PRODUCT), of_landmarks, input_precision=PRECISION)
 
-    place = (flat * pieces + piece) * (BLOCKS * LANDMARKS) + landmark
-    tl.store(sum_inner + place, of_inner)
+    partial = (flat * pieces + piece) * (BLOCKS * LANDMARKS) + landmark
+    tl.store(sum_inner + partial, of_inner)
     column = tl.arange(0, E_PADDED)
-    tl.store(grad_landmark_value + place[:, None] * E + column[None, :], of_value, mask=(column < E)[None, :])
+    tl.store(grad_landmark_value + partial[:, None] * E + column[None, :], of_value, mask=(column < E)[None, :])
     if grad_query_landmarks is not None:
         column = tl.arange(0, D_PADDED)
-        tl.store(grad_query_landmarks + place[:, None] * D + column[None, :], of_landmarks, mask=(column < D)[None, :])
+        tl.store(
+            grad_query_landmarks + partial[:, None] * D + column[None, :], of_landmarks, mask=(column < D)[None, :]
+        )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -172,11 +179,12 @@ def query_gradient_kernel(
     grad,  # (b h g, n, e)
     query_landmarks,
     landmark_bias,
+    query_boundaries,  # (b + 1,): sequences are packed into one batch item; or None
     landmark_value,  # (b h, m padded, e) float32
     log_sum,  # (b h, m padded) float32, units of log 2
-    query_log_sum,  # (b h g, n) float32, units of log 2
-    inner,  # (b h g, n) float32
-    grad_query,  # (b h g, n, d)
+    query_log_sum,  # (b h g, n) float32, units of log 2; packed (h g, n)
+    inner,  # as query_log_sum
+    grad_query,  # (b h g, n, d); packed (n, h g, d)
     query_batch,
     query_head,
     query_row,
@@ -211,14 +219,16 @@ def query_gradient_kernel(
     """Queries along the rows, so that gradients of logits go from registers into their product."""
     program = tl.program_id(0)
     first = (program % pieces) * span
-    last = tl.minimum(first + span, n)
     flat = tl.cast(program // pieces, tl.int64)
     shared = flat // groups
     batch, head = shared // heads, shared % heads
-    query += batch * query_batch + (flat % (heads * groups)) * query_head
-    grad += batch * grad_batch + (flat % (heads * groups)) * grad_head
-    query_log_sum += flat * n
-    inner += flat * n
+    begin, length = sequence_bounds(query_boundaries, batch, n)
+    last = tl.minimum(first + span, length)
+    place, step, number = output_places(query_boundaries, begin, flat, heads * groups, n)
+    query += batch * query_batch + (flat % (heads * groups)) * query_head + begin * query_row
+    grad += batch * grad_batch + (flat % (heads * groups)) * grad_head + begin * grad_row
+    query_log_sum += number
+    inner += number
     query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
     landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
     landmark_value += shared * m_padded * E
@@ -256,7 +266,7 @@ def query_gradient_kernel(
                 )  # fmt: skip
                 landmarks = (u.to(element), o.to(element), exponent_parts(bias, PRODUCT))
                 dq = _query_gradient(q, do, ones, normaliser, delta, landmarks, dq, PRECISION, PRODUCT)
-        store_tile(grad_query + (flat * n + offset) * D, row, D, rows, dq, D, D_PADDED)
+        store_tile(grad_query + (place + offset * step) * D, row, step * D, rows, dq, D, D_PADDED)
 
 
 @triton.jit

@@ -22,6 +22,8 @@ from spectraformer.ops.triton.tiles import (
     load_query_landmarks,
     load_tile,
     merge_pieces,
+    output_places,
+    sequence_bounds,
     store_tile,
     store_vector,
 )
@@ -32,13 +34,14 @@ def query_kernel(
     query,
     query_landmarks,
     landmark_bias,
+    query_boundaries,  # (b + 1,): sequences are packed into one batch item; or None
     landmark_value,  # (b h, m padded, e) float32
     log_sum,  # (b h, m padded) float32, units of log 2
     partial_value,  # (b h, key pieces, m padded, e): given, the two above are filled from these; or None
     partial_peak,  # (b h, key pieces, m padded)
     partial_total,
-    out,  # (b h g, n, e)
-    query_log_sum,  # (b h g, n) float32, units of log 2, or None
+    out,  # (b h g, n, e); packed (n, h g, e)
+    query_log_sum,  # (b h g, n) float32, units of log 2; packed (h g, n); or None
     query_batch,
     query_head,
     query_row,
@@ -71,16 +74,17 @@ def query_kernel(
     """All landmarks; one piece of the queries."""
     program = tl.program_id(0)
     first = (program % pieces) * span
-    last = tl.minimum(first + span, n)
     flat = tl.cast(program // pieces, tl.int64)
     shared = flat // groups
     batch, head = shared // heads, shared % heads
-    query += batch * query_batch + (flat % (heads * groups)) * query_head
+    begin, length = sequence_bounds(query_boundaries, batch, n)
+    last = tl.minimum(first + span, length)
+    place, step, number = output_places(query_boundaries, begin, flat, heads * groups, n)
+    query += batch * query_batch + (flat % (heads * groups)) * query_head + begin * query_row
     query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
     landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
     landmark_value += shared * m_padded * E
     log_sum += shared * m_padded
-    out += flat * n * E
     element = query.dtype.element_ty
 
     blocks = ()
@@ -89,9 +93,9 @@ def query_kernel(
             landmark = block * LANDMARKS + tl.arange(0, LANDMARKS)
             if partial_value is not None:
                 # Every program merges what it needs, the first of a head for the backward: one launch less.
-                begin = shared * key_pieces * m_padded
+                state = shared * key_pieces * m_padded
                 o, merged = merge_pieces(
-                    partial_value + begin * E, partial_peak + begin, partial_total + begin, key_pieces, m_padded,
+                    partial_value + state * E, partial_peak + state, partial_total + state, key_pieces, m_padded,
                     landmark, M, E, E_PADDED,
                 )  # fmt: skip
                 if program % (pieces * groups) == 0:
@@ -134,9 +138,11 @@ def query_kernel(
                 mean = tl.dot(p, blocks[block][1], mean, input_precision=PRECISION)
             mass = tl.max(masses, 1)
             least, most = tl.minimum(least, mass), tl.maximum(most, mass)
-            store_tile(out + offset * E, row, E, rows, mean * (1.0 / mass)[:, None], E, E_PADDED)
+            store_tile(
+                out + (place + offset * step) * E, row, step * E, rows, mean * (1.0 / mass)[:, None], E, E_PADDED
+            )
             if query_log_sum is not None:
-                store_vector(query_log_sum + flat * n + start, row, rows, reference + tl.log2(mass))
+                store_vector(query_log_sum + number + start, row, rows, reference + tl.log2(mass))
         safe = (tl.min(least, 0) > LEAST_MASS) & (tl.max(most, 0) < MOST_MASS)
     if not safe:
         # Without a pipeline beside the other: that loop needs the registers.
@@ -156,9 +162,17 @@ def query_kernel(
                         block * LANDMARKS + tl.arange(0, LANDMARKS), M, D, E, D_PADDED, E_PADDED,
                     )  # fmt: skip
                     top, mass, mean = _attend(q, (u.to(element), o.to(element), bias), top, mass, mean, PRECISION)
-            store_tile(out + offset * E, row, E, last - start, mean * (1.0 / mass)[:, None], E, E_PADDED)
+            store_tile(
+                out + (place + offset * step) * E,
+                row,
+                step * E,
+                last - start,
+                mean * (1.0 / mass)[:, None],
+                E,
+                E_PADDED,
+            )
             if query_log_sum is not None:
-                store_vector(query_log_sum + flat * n + start, row, last - start, top + tl.log2(mass))
+                store_vector(query_log_sum + number + start, row, last - start, top + tl.log2(mass))
 
 
 @triton.jit

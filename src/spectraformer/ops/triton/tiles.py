@@ -128,6 +128,38 @@ def load_keys(
 
 
 @triton.jit
+def sequence_bounds(boundaries, sequence, tokens):
+    """First token and length of a packed sequence, inside the tokens there are whatever boundaries say.
+
+    Without boundaries: 0 and all of them.
+    """
+    begin = 0
+    length = tokens
+    if boundaries is not None:
+        begin = tl.minimum(tl.maximum(tl.load(boundaries + sequence).to(tl.int64), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(boundaries + sequence + 1).to(tl.int64), begin), tokens)
+        length = (end - begin).to(tl.int32)
+    return begin, length
+
+
+@triton.jit
+def output_places(boundaries, begin, flat, heads, tokens):
+    """Where a sequence and head begins in rows of tokens, rows from token to token, and where it begins in numbers.
+
+    Both are (b h, n); of packed sequences rows are (n, h), as tokens came, and numbers (h, n), side by side.
+    """
+    number = flat * tokens
+    place = number
+    step = 1
+    if boundaries is not None:
+        head = flat % heads
+        number = head * tokens + begin
+        place = begin * heads + head
+        step = heads
+    return place, step, number
+
+
+@triton.jit
 def load_key_bias(key_bias, row, rows):
     """Bias of keys in units of log 2, -inf outside: where it is -inf, nothing of the key is to be read."""
     if key_bias is None:
