@@ -1,6 +1,6 @@
 """Packed sequences in the fused kernels, in Triton's interpreter: each sequence alone, in float64, is the definition.
 
-As in the tests of attention kernels, this file is both the tests and the program they run.
+As in the tests of attention kernels, this file is both the tests and the two programs they run.
 """
 
 import json
@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from offline_kernels import differences, run_program
+from offline_kernels import SHARED_MEMORY, assemble, differences, run_program
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -35,6 +35,7 @@ CASES = {
     "one sequence": {"query": (33,), "key": (40,)},
     "queries without keys, keys without queries": {"query": (3, 0, 2), "key": (0, 4, 6), "shared": False},
 }
+MAX_SPILLS = 512  # bytes, as of sequences of one length
 NAMES = ("query", "key", "value", "query_landmarks", "key_landmarks", "landmark_bias", "key_bias", "key_quadratic")
 # options of the feature map; whether tokens stay packed
 VARIANTS = {
@@ -88,6 +89,20 @@ def test_the_library_takes_packed_tokens_as_they_are_where_it_says_so(interprete
 def test_operators_are_what_their_fakes_say_and_compile_without_a_break(interpreted):
     assert interpreted["fakes"] == []
     assert interpreted["compiled"] == {"out": True, "query": True}
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_onto_tensor_cores_and_into_registers():
+    found = run_program(__file__, "compile", interpret=False)
+    assert {x["kernel"] for x in found} >= {
+        "_key_kernel",
+        "_query_kernel",
+        "query_backward_kernel",
+        "key_backward_kernel",
+    }
+    for x in found:
+        assert x["spills"] <= MAX_SPILLS and x["shared"] <= SHARED_MEMORY, x
+        assert x["stages"] is None or (x["matrix"] > 0 and (x["copies"] > 0 or x["stages"] == 1)), x
 
 
 def test_pieces_follow_the_tokens_that_there_are_and_their_memory_is_bounded():
@@ -364,5 +379,22 @@ def interpret():
     sys.stdout.write(json.dumps(results))
 
 
+def compile_all():
+    from spectraformer.ops import Sequences
+    from spectraformer.ops.triton.backward import Wanted, plan_backward
+    from spectraformer.ops.triton.forward import SIZES, plan_forward
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    ends = meta(33, dtype=torch.int32)
+    q, k, v = (meta(131_072, 8, 64, dtype=torch.bfloat16).transpose(0, 1).unsqueeze(0) for _ in range(3))
+    operands = (q, k, v, meta(1, 8, 128, 64), meta(1, 8, 128, 64), meta(1, 8, 128), None, meta(1, 8, 64))
+    how = {"precision": "tf32x3", "sequences": Sequences(ends, ends, 8192, 8192)}
+    launches, saved = plan_forward(*operands, needs_backward=True, **how)
+    launches += plan_backward(q, *operands, *saved, wanted=Wanted(*[False] * 5), **how)[0]
+    sys.stdout.write(json.dumps([assemble(x, SIZES) for x in launches]))
+
+
 if __name__ == "__main__":
-    interpret()
+    {"interpret": interpret, "compile": compile_all}[sys.argv[1]]()
