@@ -1,8 +1,9 @@
-"""Times of the Triton kernels: python benchmarks/landmark_kernels_gpu.py [table|candidates|passes] [seconds budget].
+"""Times of the Triton kernels: python benchmarks/landmark_kernels_gpu.py [table|candidates|passes|short] [seconds].
 
 ps = picoseconds per (token, head), medians of CUDA events, inputs rotated beyond the L2 cache.
 table: forward and forward + backward with the shipped configurations, next to SDPA (cuDNN) and the goals.
 candidates: every candidate configuration of every pass on its own, at N = 8k.
+short: the forward of short sequences in one launch and in two, as CUDA graphs of 20 calls.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from spectraformer.ops import triton as kernels
 from spectraformer.ops.triton import backward as B
 from spectraformer.ops.triton import forward as F
 from spectraformer.ops.triton.configurations import Configuration, choose
+from spectraformer.ops.triton.launch import PLANS
 
 SHAPES = ((64, 128), (64, 256), (128, 256), (32, 128))
 GOALS = {(64, 128): (165, 640), (64, 256): (330, 1270), (128, 256): (610, 2360), (32, 128): (131, 500)}
@@ -185,6 +187,29 @@ def candidates(seconds):
             )
 
 
+def short():
+    """One program a head (of 4 or 8 warps) against keys and queries in launches of their own."""
+    shipped = F.choose_short
+    forms = {"two": None, "one, 4 warps": Configuration(128, 64, 4, 2), "one, 8 warps": Configuration(128, 64, 8, 2)}
+    print(f"{'N':>6} {'b h':>5} | " + " | ".join(f"{x:>14}" for x in forms) + " | microseconds a call")
+    for n, b in itertools.product((64, 128, 256, 512, 1024, 2048), (17, 33, 66)):
+        q, k, v = (torch.randn(b, 8, n, 64, device="cuda", dtype=DTYPE) for _ in range(3))
+        u, a = torch.randn(1, 8, 128, 64, device="cuda") * 0.35, torch.zeros(1, 8, 128, device="cuda")
+        operands, cells = (q, k, v, u, u.clone(), a, None, torch.full((1, 1, 64), -0.06, device="cuda")), []
+        for form in forms.values():
+            F.choose_short = lambda *_, form=form: form
+            PLANS.clear()
+            for _ in range(2):
+                kernels.landmark_attention(*operands)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(20):
+                    kernels.landmark_attention(*operands)
+            cells.append(median_ps(lambda _, graph=graph: graph.replay(), [None], 1) / 1e6 / 20)
+        print(f"{n:>6} {8 * b:>5} | " + " | ".join(f"{x:14.1f}" for x in cells), flush=True)
+    F.choose_short = shipped
+
+
 if __name__ == "__main__":
     what = sys.argv[1] if len(sys.argv) > 1 else "table"
     print(torch.cuda.get_device_name(), torch.__version__)
@@ -196,5 +221,7 @@ if __name__ == "__main__":
             for dw in (False, True):
                 found = passes(d, m, 8192, {}, B.Wanted(dw, dw, False, False, False))
                 print(d, m, "dW" if dw else "  ", {k: round(v) for k, v in found.items()}, flush=True)
+    if what == "short":
+        short()
     if what == "candidates":
         candidates(float(sys.argv[2]) if len(sys.argv) > 2 else 400)

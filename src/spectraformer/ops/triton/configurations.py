@@ -129,6 +129,31 @@ def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Conf
     return chosen._replace(resident=False) if landmarks > LANDMARKS[-1] else chosen
 
 
+# One program reads keys, keeps the state of landmarks in registers and reads queries: up to so many tokens, and from so
+# many programs on. Longer sequences, or fewer, are better cut in pieces.
+SHORT_TOKENS = 2048
+SHORT_PROGRAMS = 132
+
+
+def choose_short(
+    dtype: torch.dtype, head_dim: int, landmarks: int, longest: int, independent: int
+) -> Configuration | None:
+    """The configuration of the forward in one launch; None where it is better done, or only fits, in two.
+
+    Args:
+        dtype: As in choose.
+        head_dim: As in choose.
+        landmarks: Number of landmarks m.
+        longest: Keys of the longest sequence, or queries of a key head, whichever are more.
+        independent: Sequences times key heads.
+    """
+    if dtype == torch.float32 or longest > SHORT_TOKENS or independent < SHORT_PROGRAMS:
+        return None
+    d, m = bucket(head_dim, HEAD_DIMS), bucket(landmarks, LANDMARKS)
+    fits = landmarks <= m <= 128 and d <= 64
+    return Configuration(m, 64, 4, 2) if fits else None
+
+
 def split(tokens: int, independent: int, configuration: Configuration, share: float = 1.0) -> tuple[int, int]:
     """Pieces to cut a sequence into: (number of pieces, tokens of each but the last).
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops.sequences import Sequences, extents
-from spectraformer.ops.triton.configurations import Configuration, choose, split
+from spectraformer.ops.triton.configurations import Configuration, choose, choose_short, split
 from spectraformer.ops.triton.key_forward import key_kernel, merge_kernel
 from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
 from spectraformer.ops.triton.query_forward import query_kernel
+from spectraformer.ops.triton.short_forward import launch_short
 
 # Up to here every program of the queries merges the pieces of the keys itself; beyond, reading them costs more than
 # a launch.
@@ -44,14 +45,16 @@ def plan_forward(
     Returns:
         Launches in order, and: output (b, h g, n, e), packed (n, h g, e); landmark values (b h, m padded, e) and
         log-sum-exps (b h, m padded) in units of log 2, float32; log-sum-exps of queries (b h g, n), packed (h g, n),
-        empty unless needs_backward.
+        empty unless needs_backward. Without a backward the state of landmarks may be left unfilled.
     """
     h, s, d = key.shape[1:]
     query_heads, n = query.shape[1:3]
     b, longest_query, longest_key, query_share, key_share = extents(query, key, sequences)
     e, m = value.shape[-1], query_landmarks.shape[-2]
-    keys = keys or choose("keys", key.dtype, max(d, e), m)
-    queries = queries or choose("queries", key.dtype, max(d, e), m)
+    longest, dim = max(longest_query * query_heads // h, longest_key), max(d, e)
+    short = None if needs_backward or keys or queries else choose_short(key.dtype, dim, m, longest, b * h)
+    keys = keys or choose("keys", key.dtype, dim, m)
+    queries = queries or choose("queries", key.dtype, dim, m)
     key_constants = constants(keys, m, d, e, precision)
     padded = key_constants["BLOCKS"] * keys.landmarks
     pieces, span = split(longest_key, b * h * key_constants["BLOCKS"], keys, key_share)
@@ -59,6 +62,11 @@ def plan_forward(
     fixed, even = key.dtype != torch.float16, sequences is None
     new = query.new_empty
     landmark_value, log_sum = new(b * h, padded, e, dtype=torch.float32), new(b * h, padded, dtype=torch.float32)
+    out = new(b, query_heads, n, e) if sequences is None else new(n, query_heads, e)
+    if short is not None:
+        operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+        launches = [launch_short(*operands, sequences, out, short, b, precision)]
+        return launches, (out, landmark_value, log_sum, new(0, dtype=torch.float32))
     partial_value, partial_total, partial_peak = landmark_value, log_sum, None
     if pieces > 1:
         partial_value = new(b * h, pieces, padded, e, dtype=torch.float32)
@@ -109,7 +117,6 @@ def plan_forward(
                 4,
             )
         )
-    out = new(b, query_heads, n, e) if sequences is None else new(n, query_heads, e)
     rows = b * query_heads if sequences is None else query_heads
     query_log_sum = new(rows, n, dtype=torch.float32) if needs_backward else None
     key_pieces = pieces

@@ -21,6 +21,7 @@ from spectraformer.ops.triton.tiles import (
     MOST_MASS,
     NARROW,
     SIZES,
+    absorb_keys,
     load_keys,
     load_tile,
     merge_pieces,
@@ -142,16 +143,7 @@ def key_kernel(
                 key, value, key_bias, key_quadratic, start, last - start, key_row, value_row,
                 D, E, D_PADDED, E_PADDED, TILE,
             )  # fmt: skip
-            logs = tl.dot(w, tl.trans(key_tile), input_precision=PRECISION) * LOG2_E + log_weight[None, :]
-            higher = tl.maximum(top, tl.max(logs, 1))
-            # A landmark that has seen no key yet: -inf - -inf would be NaN.
-            finite = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(logs - finite[:, None])
-            shrink = tl.exp2(top - finite)
-            mass = mass * shrink + tl.sum(weights, 1)
-            mean *= shrink[:, None]
-            mean = tl.dot(weights.to(value_tile.dtype), value_tile, mean, input_precision=PRECISION)
-            top = higher
+            top, mass, mean = absorb_keys(w, key_tile, value_tile, log_weight, top, mass, mean, PRECISION)
 
     place = (flat * pieces + piece) * (BLOCKS * LANDMARKS) + landmark
     if ONE_PIECE:

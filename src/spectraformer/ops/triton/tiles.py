@@ -181,6 +181,30 @@ def key_log_weight(k, bias, key_quadratic, D: tl.constexpr, D_PADDED: tl.constex
 
 
 @triton.jit
+def absorb_keys(w, k, v, weight, top, mass, mean, PRECISION: tl.constexpr):
+    """One more tile of keys into the running softmax of landmarks."""
+    logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
+    higher = tl.maximum(top, tl.max(logits, 1))
+    # A landmark that has seen no key yet: -inf - -inf would be NaN.
+    reference = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(logits - reference[:, None])
+    shrink = tl.exp2(top - reference)
+    mass = mass * shrink + tl.sum(p, 1)
+    mean = tl.dot(p.to(v.dtype), v, mean * shrink[:, None], input_precision=PRECISION)
+    return higher, mass, mean
+
+
+@triton.jit
+def attend_landmarks(q, landmarks, PRECISION: tl.constexpr):
+    """Queries over a first block of landmarks (rows, values, log-weights): peak, mass, and sum of values."""
+    logits = tl.dot(q, tl.trans(landmarks[0]), input_precision=PRECISION) * LOG2_E + landmarks[2][None, :]
+    top = tl.max(logits, 1)
+    p = tl.exp2(logits - top[:, None])
+    mass = tl.sum(p, 1)
+    return top, mass, tl.dot(p.to(q.dtype), landmarks[1], input_precision=PRECISION)
+
+
+@triton.jit
 def load_query_landmarks(
     query_landmarks,
     landmark_bias,
