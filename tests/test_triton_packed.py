@@ -113,7 +113,9 @@ def test_pieces_follow_the_tokens_that_there_are_and_their_memory_is_bounded():
     assert split(8192, 256, chosen, 0.5) == (2, 4096)
     for share in (1e-3, 1e-6):
         assert split(1 << 20, 100, chosen, share)[0] == MOST_IDLE * chosen.programs // 100
-        assert split(1 << 20, 10_000, chosen, share)[0] == 1
+    # States have at most as many rows as there are tokens: of 1e4 sequences, 1e7 of 1e10 tokens.
+    assert split(1 << 20, 10_000, chosen, 1e-3)[0] == int(1e-3 * (1 << 20) / 128) == 8
+    assert split(1 << 20, 10_000, chosen, 1e-6)[0] == 1
 
 
 def boundaries_of(lengths, *, dtype=torch.int32, strided=False):

@@ -21,7 +21,8 @@ PASSES = (
     "values_backward",
     "keys_backward_learned",  # the gradient of landmarks that keys see
 )
-# Programs, idle ones included, per program to aim at: each may leave a state behind, whose memory is to be bounded.
+# Programs, idle ones included, per program to aim at. More are for lengths so different that the longest would be read
+# by few: each may leave a state behind, of as many rows as landmarks, and all together as many as there are tokens.
 MOST_IDLE = 4
 HEAD_DIMS = (32, 64, 128, 256)
 LANDMARKS = (64, 128, 256)
@@ -164,7 +165,7 @@ def split(tokens: int, independent: int, configuration: Configuration, share: fl
         share: Share of the work there would be if all sequences were as long; programs of the rest end at once.
     """
     tiles = -(-tokens // configuration.tokens)
-    most = MOST_IDLE * configuration.programs // independent
+    most = max(MOST_IDLE * configuration.programs // independent, int(share * tokens / configuration.landmarks))
     pieces = max(1, min(tiles, int(configuration.programs / (independent * share)), most))
     span = -(-tiles // pieces) * configuration.tokens
     return -(-tokens // span), span
