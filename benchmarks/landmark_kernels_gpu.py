@@ -1,14 +1,13 @@
-"""Times of the Triton kernels: python benchmarks/landmark_kernels_gpu.py [table|candidates|passes|short] [seconds].
+"""Times of the Triton kernels: python benchmarks/landmark_kernels_gpu.py [table|passes|short].
 
 ps = picoseconds per (token, head), medians of CUDA events, inputs rotated beyond the L2 cache.
 table: forward and forward + backward with the shipped configurations, next to SDPA (cuDNN) and the goals.
-candidates: every candidate configuration of every pass on its own, at N = 8k.
+passes: each kernel on its own, at 64k tokens (after the table too).
 short: the forward of short sequences in one launch and in two, as CUDA graphs of 20 calls.
 """
 
 import itertools
 import sys
-import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from spectraformer.ops import triton as kernels
 from spectraformer.ops.triton import backward as B
 from spectraformer.ops.triton import forward as F
-from spectraformer.ops.triton.configurations import Configuration, choose
+from spectraformer.ops.triton.configurations import Configuration
 from spectraformer.ops.triton.launch import PLANS
 
 SHAPES = ((64, 128), (64, 256), (128, 256), (32, 128))
@@ -64,7 +63,12 @@ def inputs(n, d, m, grad=False):
     return made
 
 
-def both(run):
+def sdpa(q, k, v, *_):
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return scaled_dot_product_attention(q, k, v)
+
+
+def backward_too(run):
     def step(x):
         out = run(*x)
         torch.autograd.grad(out, [y for y in x if y is not None and y.requires_grad], out.detach())
@@ -72,119 +76,52 @@ def both(run):
     return step
 
 
-def sdpa(q, k, v, *_):
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-        return scaled_dot_product_attention(q, k, v)
+def device_ps(run, sets, tokens):
+    """Of one call, as a CUDA graph of one call on every set of inputs: short ones would be bound by the host."""
+    for x in sets[:2]:
+        run(x)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        for x in sets:
+            run(x)
+    return median_ps(lambda _: graph.replay(), [None], tokens * len(sets), 10)
 
 
 def table():
-    print(
-        f"{'d,m':>8} {'N':>6} | {'fwd':>6} {'goal':>5} {'cuDNN':>7} | "
-        f"{'f+b':>6} {'f+b dW':>6} {'goal':>5} {'cuDNN':>7}",
-        flush=True,
-    )
-    for d, m in SHAPES:
-        for n in (2048, 8192, 65536):
-            tokens, cells = HEADS * n, []
-            with torch.no_grad():
-                sets = inputs(n, d, m)
-                cells.append(median_ps(lambda x: kernels.landmark_attention(*x), sets, tokens))
-                cells.append(median_ps(lambda x: sdpa(*x), sets, tokens, 5) if n <= 8192 else float("nan"))
-            sets = inputs(n, d, m, grad=True)
-            cells.append(median_ps(both(kernels.landmark_attention), sets, tokens))
-            cells.append(median_ps(both(sdpa), sets, tokens, 5) if n <= 8192 else float("nan"))
-            for x in sets:
-                x[3].requires_grad_()
-                x[4].requires_grad_()
-            cells.append(median_ps(both(kernels.landmark_attention), sets, tokens))
-            f, fs, fb, fbs, fbw = cells
-            goal = GOALS[d, m]
-            print(
-                f"{d:>4},{m:<3} {n:>6} | {f:6.0f} {goal[0]:5} {fs:7.0f} | {fb:6.0f} {fbw:6.0f} {goal[1]:5} {fbs:7.0f}",
-                flush=True,
-            )
-            del sets
+    columns = f"{'forward':>7} {'goal':>5} {'cuDNN':>7} | {'f + b':>6} {'goal':>5} {'with dW':>7} {'cuDNN':>7}"
+    print(f"{'d,m':>8} {'N':>6} | {columns}", flush=True)
+    for (d, m), n in itertools.product(SHAPES, (2048, 8192, 65536)):
+        tokens, long = HEADS * n, n > 8192
+        forward_goal, goal = GOALS[d, m]
+        with torch.no_grad():
+            sets = inputs(n, d, m)
+            forward = device_ps(lambda x: kernels.landmark_attention(*x), sets, tokens)
+            softmax = float("nan") if long else device_ps(lambda x: sdpa(*x), sets[:2], tokens)
+        sets = inputs(n, d, m, grad=True)
+        both = device_ps(backward_too(kernels.landmark_attention), sets, tokens)
+        softmax_both = float("nan") if long else device_ps(backward_too(sdpa), sets[:2], tokens)
+        for x in sets:
+            x[3].requires_grad_()
+            x[4].requires_grad_()
+        learned = device_ps(backward_too(kernels.landmark_attention), sets, tokens)
+        cells = (
+            f"{forward:7.0f} {forward_goal:5} {softmax:7.0f} | {both:6.0f} {goal:5} {learned:7.0f} {softmax_both:7.0f}"
+        )
+        print(f"{d:>4},{m:<3} {n:>6} | {cells}", flush=True)
+        del sets
 
 
-def passes(d, m, n, chosen, wanted, sets=None, only=None):
-    """Times of each kernel on its own, with chosen configurations; kernels of one name are added."""
-    made = []
-    for x in sets or inputs(n, d, m):
-        launches, results = F.plan_forward(
-            *x, needs_backward=True, precision="tf32x3", keys=chosen.get("keys"), queries=chosen.get("queries")
-        )
-        launches = (
-            launches
-            + B.plan_backward(results[0], *x, *results, wanted=wanted, precision="tf32x3", configurations=chosen)[0]
-        )
-        for launch in launches:
-            launch.run()
-        made.append(launches)
+def passes(d, m, n, learned):
+    """Times of each kernel on its own; kernels of one name are added."""
+    x = inputs(n, d, m)[0]
+    launches, results = F.plan_forward(*x, needs_backward=True, precision="tf32x3")
+    wanted = B.Wanted(learned, learned, False, False, False)
+    launches = launches + B.plan_backward(results[0], *x, *results, wanted=wanted, precision="tf32x3")[0]
     found = {}
-    for i, launch in enumerate(made[0]):
+    for launch in launches:
         name = launch.kernel.__name__
-        if only is None or name in only:
-            found[name] = found.get(name, 0) + median_ps(lambda x, i=i: x[i].run(), made, HEADS * n, 10)
+        found[name] = found.get(name, 0) + median_ps(lambda _, launch=launch: launch.run(), [None], HEADS * n, 10)
     return found
-
-
-def candidates(seconds):
-    n, started = 8192, time.time()
-    kernel_of = {
-        "keys": "_key_kernel",
-        "queries": "_query_kernel",
-        "queries_backward": "query_backward_kernel",
-        "keys_backward": "key_backward_kernel",
-    }
-    for d, m in SHAPES:
-        sets = inputs(n, d, m)
-        for name, dw in (
-            ("keys", 0),
-            ("queries", 0),
-            ("queries_backward", 0),
-            ("queries_backward", 1),
-            ("keys_backward", 0),
-            ("keys_backward", 1),
-        ):
-            results = []
-            blocks = [x for x in (64, 128, 256) if x <= m]
-            for landmarks, tokens, warps, stages, programs in itertools.product(
-                blocks, (32, 64, 128), (4, 8), (1, 2, 3), (264, 528)
-            ):
-                if (
-                    (tokens == 32 and name in ("keys", "queries"))
-                    or landmarks * tokens / warps > 128 * 128 / 8
-                    or landmarks * tokens / warps < 64 * 32 / 8
-                ):
-                    continue
-                if time.time() - started > seconds:
-                    print("out of time")
-                    return
-                c = Configuration(landmarks, tokens, warps, stages, programs, d * m <= 128 * 256)
-                try:
-                    found = passes(
-                        d,
-                        m,
-                        n,
-                        {name: c},
-                        B.Wanted(bool(dw), bool(dw), False, False, False),
-                        sets[:2],
-                        (kernel_of[name], "query_gradient_kernel"),
-                    )
-                except Exception as error:
-                    print("   ", name, tuple(c), type(error).__name__, str(error)[:60])
-                    continue
-                # a split into blocks costs a second kernel
-                total = found[kernel_of[name]] + (
-                    found.get("query_gradient_kernel", 0) if name == "queries_backward" else 0
-                )
-                results.append((total, c))
-            results.sort()
-            print(
-                f"d {d} m {m} {name}{' dW' if dw else ''}: shipped {tuple(choose(name, DTYPE, d, m))}; best "
-                + "; ".join(f"{ps:.0f} {tuple(c)}" for ps, c in results[:4]),
-                flush=True,
-            )
 
 
 def short():
@@ -217,11 +154,8 @@ if __name__ == "__main__":
         table()
         what = "passes"
     if what == "passes":
-        for d, m in SHAPES:
-            for dw in (False, True):
-                found = passes(d, m, 8192, {}, B.Wanted(dw, dw, False, False, False))
-                print(d, m, "dW" if dw else "  ", {k: round(v) for k, v in found.items()}, flush=True)
+        for (d, m), learned in itertools.product(SHAPES, (False, True)):
+            found = passes(d, m, 65536, learned)
+            print(d, m, "dW" if learned else "  ", {k: round(v) for k, v in found.items()}, flush=True)
     if what == "short":
         short()
-    if what == "candidates":
-        candidates(float(sys.argv[2]) if len(sys.argv) > 2 else 400)

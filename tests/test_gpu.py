@@ -16,8 +16,9 @@ pytestmark = [
 
 NAMES = ("query", "key", "value", "query_landmarks", "key_landmarks", "landmark_bias", "key_bias", "key_quadratic")
 # Bounds of |x - exact| / |exact|: of the output, and of gradients. Rounding operands of products to bfloat16 and
-# all else in float64 gives gradients of keys 3e-3 to 4e-3.
-BOUNDS = {torch.bfloat16: (3e-3, 1e-2), torch.float16: (1e-3, 1e-2), torch.float32: (1e-5, 2e-5)}
+# all else in float64 gives gradients of keys 3e-3 to 4e-3. Outputs in bfloat16 are off by 1.8e-3 to 2.8e-3, and by
+# 3.1e-3 over 30,000 keys.
+BOUNDS = {torch.bfloat16: (3.2e-3, 1e-2), torch.float16: (1e-3, 1e-2), torch.float32: (1e-5, 2e-5)}
 SIZES = {"b": 2, "h": 2, "g": 1, "n": 500, "s": 700, "d": 64, "e": 64, "m": 128}
 CASES = {
     "plain": {},
@@ -28,6 +29,9 @@ CASES = {
     "d 16, m 64": {"d": 16, "e": 16, "m": 64},
     "odd sizes": {"n": 129, "s": 333, "d": 40, "e": 72, "m": 100},
     "m 1000": {"m": 1000},
+    "d 16, m 1000": {"d": 16, "e": 16, "m": 1000},
+    "value dim 16 beside head dim 96": {"d": 96, "e": 16, "m": 16},
+    "value dim 32 beside head dim 128": {"d": 128, "e": 32, "m": 64},
     "one token": {"n": 1, "s": 1},
     "no bias, no quadratic": {"bias": False},
     "grouped queries, landmarks of every item": {"g": 3, "shared": False},

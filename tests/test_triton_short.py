@@ -105,7 +105,8 @@ def interpret():
 
 def compile_all():
     from spectraformer.ops import Sequences
-    from spectraformer.ops.triton.forward import SIZES, plan_forward
+    from spectraformer.ops.triton.forward import plan_forward
+    from spectraformer.ops.triton.tiles import SIZES
 
     def meta(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="meta")

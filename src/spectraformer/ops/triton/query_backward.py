@@ -26,6 +26,7 @@ from spectraformer.ops.triton.tiles import (
     load_tile,
     load_vector,
     output_places,
+    rounded,
     sequence_bounds,
     store_tile,
     store_vector,
@@ -123,6 +124,8 @@ def landmark_sums_kernel(
             store_vector(inner + start, row, rows, delta)
         logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E + bias[:, None]
         p = tl.exp2(logits - normaliser[None, :])
+        # Both sums of the same weights: their difference is L', where an error of one alone would show.
+        p = rounded(p, PRODUCT)
         of_value = tl.dot(p.to(PRODUCT), do.to(PRODUCT), of_value, input_precision=PRECISION)
         of_inner += tl.sum(p * delta[None, :], 1)
         if grad_query_landmarks is not None:

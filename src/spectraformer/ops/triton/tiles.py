@@ -38,6 +38,14 @@ def parts_of(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """Numbers >= 0 in float32, rounded to what bfloat16 can hold; as they are for products in float32."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        x = ((x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def exponent_parts(x, DTYPE: tl.constexpr):
     """As parts_of, of exponents in units of log 2: to be added to a product in natural units."""
     return parts_of(tl.where(x > NOTHING, x * (1.0 / LOG2_E), NOTHING), DTYPE)
