@@ -112,8 +112,8 @@ def compile_all():
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     results, ends = [], meta(33, dtype=torch.int32)
-    for d, m, sequences in ((64, 128, None), (64, 128, Sequences(ends, ends, 1024, 1024)), (32, 64, None)):
-        shape = (32, 8, 1024, d) if sequences is None else (1, 8, 16384, d)
+    for d, m, sequences in ((64, 128, None), (64, 128, Sequences(ends, ends, 256, 256)), (32, 64, None)):
+        shape = (32, 8, 256, d) if sequences is None else (1, 8, 16384, d)
         tokens = [meta(*shape, dtype=torch.bfloat16) for _ in range(3)]
         operands = (*tokens, meta(1, 8, m, d), meta(1, 8, m, d), meta(1, 8, m), None, meta(1, 8, d))
         launches, _ = plan_forward(*operands, needs_backward=False, precision="tf32x3", sequences=sequences)

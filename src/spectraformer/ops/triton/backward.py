@@ -173,7 +173,7 @@ def plan_backward(
                 "m_padded": padded,
                 "m_padded_forward": log_sum.shape[-1],
             },
-            {"M": m, "E": e, "E_PADDED": padded_dim(e), "ROWS": 16},
+            {"M": m, "E": e, "E_PADDED": padded_dim(e), "ROWS": 16, "PRODUCT": product},
             4,
         ),
     ]

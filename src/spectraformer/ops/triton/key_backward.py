@@ -8,7 +8,7 @@ With :math:`G` the softmax of landmarks over keys, primes for gradients and c as
     T = G \circ (v O'^\top - c), \quad v' = G^\top O', \quad k' = T^\top w + 2 C k\, T^\top 1, \quad t' = T^\top 1,
     \quad w' = T k
 
-(:math:`L' - O'\cdot O = -c` is what every key of a landmark has in common.)
+(:math:`L' - O'\cdot O = -c` is what every key of a landmark has in common, up to the rounding of O'.)
 
 Legend: b batch, h key heads, g query heads per key head, n queries, s keys, m landmarks, d head dim, e value dim.
 """

@@ -150,7 +150,7 @@ def landmark_gradient_kernel(
     landmark_value,  # (b h, forward's m padded, e)
     grad_landmark_value,  # (b h, m, e) float32
     grad_log_sum,  # (b h, m) float32
-    sum_inner,  # (b h, m) float32
+    sum_inner,  # (b h, m) float32: c, and what O . O' changes by when O' is rounded for a product
     pieces,
     m_padded,
     m_padded_forward,
@@ -158,6 +158,7 @@ def landmark_gradient_kernel(
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):
     """Pieces added in their order."""
     program = tl.program_id(0)
@@ -172,8 +173,11 @@ def landmark_gradient_kernel(
         inner += tl.load(partial_inner + place + landmark, mask=inside, other=0.0)
     o = load_tile(landmark_value + flat * m_padded_forward * E, landmark, E, M, E, E_PADDED)
     store_tile(grad_landmark_value + flat * M * E, landmark, E, M, value, E, E_PADDED)
-    tl.store(grad_log_sum + flat * M + landmark, tl.sum(value * o, 1) - inner, mask=inside)
-    tl.store(sum_inner + flat * M + landmark, inner, mask=inside)
+    log_sum = tl.sum(value * o, 1) - inner
+    tl.store(grad_log_sum + flat * M + landmark, log_sum, mask=inside)
+    # So that gradients of the logits of a landmark still add up to L'.
+    value = value.to(PRODUCT).to(tl.float32)
+    tl.store(sum_inner + flat * M + landmark, tl.sum(value * o, 1) - log_sum, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
