@@ -8,6 +8,7 @@ import torch
 import spectraformer as sf
 from spectraformer.ops import reference
 from spectraformer.ops import triton as kernels
+from spectraformer.ops.triton.configurations import SIXTEEN_BIT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -116,6 +117,20 @@ def test_output_and_every_gradient_agree_with_float64_and_are_the_same_bits_agai
     # There every gradient but that of values is a difference of equal sums over landmarks: only rounding is left.
     bound = BOUNDS[dtype][1] * (10 if case == "one token" else 1)
     assert {name: e for name, e in errors.items() if not e <= bound} == {}
+
+
+@pytest.mark.parametrize(("d", "m"), sorted(SIXTEEN_BIT), ids=str)
+def test_every_configuration_of_the_table_gives_what_plain_torch_gives(d, m):
+    """Each is a kernel of its own, and what compilers make of one says nothing of the others."""
+    operands = [x.requires_grad_() for x in operands_of(torch.bfloat16, d=d, e=d, m=m)]
+    out = kernels.landmark_attention(*operands)
+    exact = [x.detach().double().requires_grad_() for x in operands]
+    want = exact_attention(*exact)
+    weight = torch.randn(out.shape, device="cuda").to(out.dtype)
+    errors = [((out - want).norm() / want.norm()).item()]
+    got, expected = torch.autograd.grad(out, operands, weight), torch.autograd.grad(want, exact, weight.double())
+    errors += [((x - y).norm() / y.norm()).item() for x, y in zip(got, expected, strict=True)]
+    assert errors[0] <= BOUNDS[torch.bfloat16][0] and max(errors) <= BOUNDS[torch.bfloat16][1], errors
 
 
 @pytest.mark.parametrize("precision", kernels.PRECISIONS)

@@ -40,7 +40,7 @@ def packed_random_feature_attention(
     Sequence i is the tokens from ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, as in the packed form of other
     attentions. The fused kernels of bidirectional attention with positive features read packed tokens as they are. All
     others, features that translate tokens or map them by a matrix fitted to each sequence, and ``torch.compile``, take
-    sequences side by side with padding, which is exact: time and memory are those of b sequences of the greatest length.
+    sequences side by side with padding, which is exact: time and memory are those of b sequences of the longest.
     Nothing waits for a GPU, and a captured graph may be replayed with other boundaries.
 
     Args:
