@@ -233,6 +233,17 @@ def test_entry_points_that_cannot_be_loaded(monkeypatch, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["attentions", "tasks"])
+def test_lists_leave_out_what_cannot_be_loaded_and_say_why(kind, monkeypatch, capsys):
+    groups = {"attentions": "spectraformer.weights", "tasks": "spectraformer.tasks"}
+    broken = EntryPoint("lottery", "no_such_package:THING", groups[kind])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken] if group == broken.group else [])
+    assert status_of(("list", kind)) == 0
+    printed = capsys.readouterr().out
+    assert "lottery' cannot be loaded from no_such_package:THING: ModuleNotFoundError" in printed
+    assert "listops" in printed or "orf" in printed
+
+
 # -- the installed program -----------------------------------------------------------------------------------
 
 

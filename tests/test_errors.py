@@ -151,6 +151,7 @@ bad: dict[str, tuple[Callable[[], Any], str]] = {
     "kernel-exact": (lambda: exact(kernel="gauss"), r"'gauss'; expected.*nearest: 'gaussian'"),
     # Feature maps.
     "features-0": (lambda: make(num_features=0), r"num_features is 0; expected an integer of at least 1"),
+    "features-huge": (lambda: make(num_features=10**14), r"num_features is 100,000,000,000,000; expected at most \d+,"),
     "features-float": (lambda: make(num_features=8.0), r"num_features is 8.0; expected an integer of at least 1"),
     "features-flag": (lambda: make(num_features=True), r"num_features is True; expected an integer"),
     "head-dim-0": (lambda: make(head_dim=0), r"head_dim is 0; expected an integer of at least 1"),

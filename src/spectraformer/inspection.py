@@ -42,21 +42,27 @@ def list_attentions(console: Console) -> None:
         ("weight matrices W", WEIGHTS),
     ):
         grid = Grid("name", "what it is", title=title, title_justify="left")
-        for name, factory in table.items():
+        factories, broken = table.loadable()
+        for name, factory in factories.items():
             grid.add_row(name, claim(factory).replace("**", ""))
         console.print(grid, markup=False)
+        for reason in broken.values():
+            console.print(f"left out: {reason}", soft_wrap=True, markup=False, highlight=False)
     generator = torch.Generator().manual_seed(0)
-    matrices = [factory(2, 8, generator=generator) for factory in WEIGHTS.values()]
-    pairs = sum(registry.refusal(f, w) is None for f in COMPONENTS.values() for w in matrices)
+    matrices = [factory(2, 8, generator=generator) for factory in WEIGHTS.loadable()[0].values()]
+    pairs = sum(registry.refusal(f, w) is None for f in COMPONENTS.loadable()[0].values() for w in matrices)
     console.print(f"An attention's name is f-W, such as oprf-orf: {pairs} pairs have meaning, others are refused.")
 
 
 def list_tasks(console: Console) -> None:
     """All tasks, what they ask, and what they are made from."""
     grid = Grid("task", "what it asks", "--source")
-    for name, task in TASKS.items():
+    tasks, broken = TASKS.loadable()
+    for name, task in tasks.items():
         grid.add_row(name, task.claim, task.sources)
     console.print(grid)
+    for reason in broken.values():
+        console.print(f"left out: {reason}", soft_wrap=True, markup=False, highlight=False)
 
 
 def list_runs(console: Console, runs: Path) -> None:

@@ -44,11 +44,29 @@ class Table(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         if name in self.own:
             return self.own[name]
-        foreign = self._foreign()
-        if name in foreign:
-            factory: T = foreign[name].load()
-            return factory
-        raise KeyError(name)
+        entry = self._foreign().get(name)
+        if entry is None:
+            raise KeyError(name)
+        try:
+            factory: T = entry.load()
+        except Exception as error:  # whatever another package does when it is imported
+            raise ValueError(
+                f"{self.axis} {name!r} cannot be loaded from {entry.value}: {type(error).__name__}: {error}"
+            ) from error
+        return factory
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self._foreign()
+
+    def loadable(self) -> tuple[dict[str, T], dict[str, str]]:
+        """All that can be loaded, by name, and why the others cannot be."""
+        found, broken = {}, {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except ValueError as error:
+                broken[name] = str(error)
+        return found, broken
 
     def __iter__(self) -> Iterator[str]:
         yield from self.own
@@ -122,8 +140,9 @@ def require_meaning(component: ComponentFunction, weight: WeightMatrix) -> None:
     if reason is None:
         return
     generator = torch.Generator().manual_seed(0)
+    factories, _ = WEIGHTS.loadable()
     accepted = [
-        name for name, factory in WEIGHTS.items() if refusal(component, factory(2, 8, generator=generator)) is None
+        name for name, factory in factories.items() if refusal(component, factory(2, 8, generator=generator)) is None
     ]
     raise ValueError(
         f"{type(component).__name__} with {type(weight).__name__} is refused: {reason}; use it with one of "

@@ -37,10 +37,10 @@ DEMO = ("softmax", "posrf-orf", "oprf-orf", "oprf-fastfoodl")
 def every_attention() -> tuple[str, ...]:
     """Every attention to compare with, and every f x W that has meaning."""
     generator = torch.Generator().manual_seed(0)
-    matrices = {name: factory(2, 8, generator=generator) for name, factory in WEIGHTS.items()}
+    matrices = {name: factory(2, 8, generator=generator) for name, factory in WEIGHTS.loadable()[0].items()}
     pairs = (
         f"{component}-{weight}"
-        for component, factory in COMPONENTS.items()
+        for component, factory in COMPONENTS.loadable()[0].items()
         for weight, matrix in matrices.items()
         if refusal(factory, matrix) is None
     )

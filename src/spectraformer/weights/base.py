@@ -28,6 +28,8 @@ Claim = Literal["unbiased", "vanishing", "deterministic", "learned"]
 the order of the rule grows; one fixed rule, accurate for small norms; a learned law with its own kernel."""
 
 T = TypeVar("T")
+# Of all copies of a W: beyond it a mistyped number would take all memory before anything is said of it.
+MOST_ENTRIES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,12 @@ class WeightMatrix(nn.Module, ABC):
             require_integer(name, value)
         if num_heads is not None:
             require_integer("num_heads", num_heads)
+        most = MOST_ENTRIES // (head_dim * (num_heads or 1))
+        if 0 < most < num_features:  # a head dim beyond all memory is another mistake
+            raise ValueError(
+                f"num_features is {num_features:,}; expected at most {most:,} of head dim {head_dim}: a weight matrix "
+                f"has at most {MOST_ENTRIES:,} entries, which is 1 GiB"
+            )
         if generator.device.type != "cpu":
             raise ValueError(
                 f"generator is on {generator.device}; expected a CPU generator, so that one seed gives one W "
