@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectraformer.ops.rows import select_rows
+from spectraformer.ops.rows import select_rows, token_rows
 
 
 def compare(rows, inverse, shape):
@@ -31,3 +31,10 @@ def test_gradcheck():
     order = torch.randperm(6)
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: select_rows(x, order, order.argsort()), (x,))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_tokens_by_number_for_all_heads_or_for_each(heads):
+    x, chosen = torch.randn(2, 3, 7, 4), torch.randint(7, (2, heads, 5))
+    expected = x.gather(2, chosen.expand(2, 3, 5).unsqueeze(-1).expand(-1, -1, -1, 4))
+    assert x[token_rows(x, chosen)].equal(expected)

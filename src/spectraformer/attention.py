@@ -73,14 +73,13 @@ def random_feature_attention(
     check_query_key(query, key, feature_map.head_dim, enable_gqa)
     check_value(key, value)
     check_dropout(dropout_p)
-    component = feature_map.component
     chosen = ops.choose_backend(
         backend,
         query,
         key,
         value,
-        positive=component.positive and not feature_map.weight.signed,
-        trigonometric=component.trigonometric,
+        positive=feature_map.positive,
+        trigonometric=feature_map.component.trigonometric,
         is_causal=is_causal,
     )
     check_padding_mask("key_padding_mask", key_padding_mask, key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -46,11 +46,8 @@ def list_attentions(console: Console) -> None:
         for name, factory in factories.items():
             grid.add_row(name, claim(factory).replace("**", ""))
         console.print(grid, markup=False)
-        for reason in broken.values():
-            console.print(f"left out: {reason}", soft_wrap=True, markup=False, highlight=False)
-    generator = torch.Generator().manual_seed(0)
-    matrices = [factory(2, 8, generator=generator) for factory in WEIGHTS.loadable()[0].values()]
-    pairs = sum(registry.refusal(f, w) is None for f in COMPONENTS.loadable()[0].values() for w in matrices)
+        _say_left_out(console, broken)
+    pairs = len(registry.meaningful_variants())
     console.print(f"An attention's name is f-W, such as oprf-orf: {pairs} pairs have meaning, others are refused.")
 
 
@@ -61,6 +58,10 @@ def list_tasks(console: Console) -> None:
     for name, task in tasks.items():
         grid.add_row(name, task.claim, task.sources)
     console.print(grid)
+    _say_left_out(console, broken)
+
+
+def _say_left_out(console: Console, broken: Mapping[str, str]) -> None:
     for reason in broken.values():
         console.print(f"left out: {reason}", soft_wrap=True, markup=False, highlight=False)
 

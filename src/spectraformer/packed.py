@@ -91,9 +91,10 @@ def packed_random_feature_attention(
     if query.shape[0] == 0 or key.shape[0] == 0:
         return value.new_zeros(*query.shape[:2], value.shape[-1])
     sequences = ops.Sequences(cu_seqlens, cu_seqlens_key, max_seqlen, max_seqlen_key)
-    if _unpadded(query, key, value, feature_map, is_causal, enable_gqa, backend):
+    tokens = heads_first(query), heads_first(key), heads_first(value)
+    if _unpadded(*tokens, feature_map, is_causal, enable_gqa, backend):
         check_dropout(dropout_p)
-        return _attend(query, key, value, feature_map, sequences, scale, dropout_p)
+        return _attend(*tokens, feature_map, sequences, scale, dropout_p)
     of_query = _Places(cu_seqlens, max_seqlen, query.shape[0])
     of_key = of_query if cu_seqlens_key is cu_seqlens else _Places(cu_seqlens_key, max_seqlen_key, key.shape[0])
     out = random_feature_attention(
@@ -113,12 +114,17 @@ def packed_random_feature_attention(
 
 
 def _unpadded(
-    query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, is_causal: bool, enable_gqa: bool, backend: str
+    q: Tensor,  # (1, h * g, t, d)
+    k: Tensor,  # (1, h, s, d)
+    v: Tensor,  # (1, h, s, e)
+    feature_map: FeatureMap,
+    is_causal: bool,
+    enable_gqa: bool,
+    backend: str,
 ) -> bool:
     """Whether the fused kernels take these tokens as they are."""
     check_map(feature_map)
     component = feature_map.component
-    q, k, v = (heads_first(x) for x in (query, key, value))
     check_query_key(q, k, feature_map.head_dim, enable_gqa)
     check_value(k, v)
     # Compiled by torch 2.11 the kernels left a sequence out, on a GPU alone.
@@ -132,19 +138,18 @@ def _unpadded(
 
 
 def _attend(
-    query: Tensor,  # (t, h * g, d)
-    key: Tensor,  # (s, h, d)
-    value: Tensor,  # (s, h, e)
+    q: Tensor,  # (1, h * g, t, d)
+    k: Tensor,  # (1, h, s, d)
+    v: Tensor,  # (1, h, s, e)
     feature_map: FeatureMap,
     sequences: ops.Sequences,
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:  # (t, h * g, e)
-    q, k, v = (heads_first(x) for x in (query, key, value))
     pair = feature_map(q, k, scale=scale, enable_gqa=True, sequences=sequences)
     assert isinstance(pair, Exponential)
     attended = pair.attend(drop_values(v, dropout_p), backend="triton", sequences=sequences)
-    return attended.out.to(value.dtype).squeeze(0).transpose(0, 1)
+    return attended.out.to(v.dtype).squeeze(0).transpose(0, 1)
 
 
 def _check_boundaries(name: str, boundaries: object, longest: int, tokens: Tensor) -> None:

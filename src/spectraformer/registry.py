@@ -134,16 +134,29 @@ def standing(component: ComponentFunction | type[ComponentFunction], weight: Wei
     return "refused" if refusal(component, weight) else weight.claim
 
 
+def meaningful_variants() -> tuple[str, ...]:
+    """Every ``component-weight`` that can be loaded and has meaning."""
+    matrices = _small_weights()
+    return tuple(
+        f"{component}-{weight}"
+        for component, factory in COMPONENTS.loadable()[0].items()
+        for weight, small in matrices.items()
+        if refusal(factory, small) is None
+    )
+
+
+def _small_weights() -> dict[str, WeightMatrix]:
+    """A small W of every family that can be loaded, to ask what its rows are."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: factory(2, 8, generator=generator) for name, factory in WEIGHTS.loadable()[0].items()}
+
+
 def require_meaning(component: ComponentFunction, weight: WeightMatrix) -> None:
     """Raises ``ValueError``, with the reason and what to use instead, if f x W has no meaning."""
     reason = refusal(component, weight)
     if reason is None:
         return
-    generator = torch.Generator().manual_seed(0)
-    factories, _ = WEIGHTS.loadable()
-    accepted = [
-        name for name, factory in factories.items() if refusal(component, factory(2, 8, generator=generator)) is None
-    ]
+    accepted = [name for name, small in _small_weights().items() if refusal(component, small) is None]
     raise ValueError(
         f"{type(component).__name__} with {type(weight).__name__} is refused: {reason}; use it with one of "
         f"{', '.join(accepted)}, or another component function with this weight matrix"

@@ -10,6 +10,7 @@ from torch import Tensor
 from spectraformer.baselines.base import Baseline
 from spectraformer.baselines.masked import masked_attention
 from spectraformer.checks import check_dropout, require_integer
+from spectraformer.ops.rows import token_rows
 
 
 class Informer(Baseline):
@@ -84,9 +85,7 @@ class Informer(Baseline):
         if mask is not None and real_queries is not None:
             query = query.masked_fill(~mask[:, None, :, None], 0.0)
         chosen = self._select(query.detach(), key.detach(), real, real_queries)
-        batch, head = (torch.arange(size, device=query.device) for size in query.shape[:2])
-        # By rows: where it must be deterministic, a gradient of gathered numbers would sort them one by one.
-        rows = (batch[:, None, None], head[:, None], chosen)
+        rows = token_rows(query, chosen)
         attended = masked_attention(
             query[rows],
             key,

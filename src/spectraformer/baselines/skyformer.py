@@ -12,6 +12,7 @@ from spectraformer.baselines.base import Baseline
 from spectraformer.baselines.kernelized import gaussian_kernel
 from spectraformer.baselines.nystrom import count_real, pseudo_inverse
 from spectraformer.checks import require_integer, require_number
+from spectraformer.ops.rows import token_rows
 
 DRAW_BITS = 31
 
@@ -116,13 +117,11 @@ class Skyformer(Baseline):
         draws = torch.randint_like(self.draws, 2**DRAW_BITS) if self.training else self.draws
         count, seen = count_real(mask, q.shape[2], q.device)
         number = torch.arange(draws.shape[1], device=q.device)
-        batch, head = (torch.arange(size, device=q.device) for size in q.shape[:2])
         chosen = []
         for tokens, drawn in zip((q, k), draws, strict=True):
             # Ranks among the real tokens, from 0.
             rank = torch.where(count <= draws.shape[1], number, drawn * count >> DRAW_BITS)  # (b, m / 2)
             place = torch.searchsorted(seen, rank + 1).clamp(max=q.shape[2] - 1)
-            # By rows: where it must be deterministic, a gradient of gathered numbers would sort them one by one.
-            chosen.append(tokens[batch[:, None, None], head[:, None], place[:, None]])
+            chosen.append(tokens[token_rows(tokens, place[:, None])])
         exists = number < count
         return torch.cat(chosen, 2), torch.cat((exists, exists), -1)

@@ -1,4 +1,4 @@
-"""A choice of rows, each at most once, whose gradient is a choice of rows too."""
+"""A choice of rows, whose gradient moves rows too, not single numbers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def select_rows(
     """
     chosen: Tensor = _Select.apply(x, rows, inverse)  # type: ignore[no-untyped-call]
     return chosen
+
+
+def token_rows(
+    x: Tensor,  # (b, h, n, d)
+    chosen: Tensor,  # (b, h | 1, c)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An index of x that takes tokens by number, each as a whole: ``x[token_rows(x, chosen)]`` is (b, h, c, d).
+
+    Where it must be deterministic, a gradient of gathered numbers would sort them one by one.
+    """
+    batch, head = (torch.arange(size, device=x.device) for size in x.shape[:2])
+    return batch[:, None, None], head[:, None], chosen
 
 
 class _Select(torch.autograd.Function):

@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from spectraformer.baselines import ATTENTIONS
 from spectraformer.checks import require_integer
 from spectraformer.config import AttentionConfig, Run
-from spectraformer.registry import COMPONENTS, WEIGHTS, nearest, refusal
+from spectraformer.registry import meaningful_variants, nearest
 from spectraformer.tasks import TASKS, default_run
 
 LRA = ("listops", "text", "retrieval", "image", "pathfinder")
@@ -36,15 +34,7 @@ DEMO = ("softmax", "posrf-orf", "oprf-orf", "oprf-fastfoodl")
 
 def every_attention() -> tuple[str, ...]:
     """Every attention to compare with, and every f x W that has meaning."""
-    generator = torch.Generator().manual_seed(0)
-    matrices = {name: factory(2, 8, generator=generator) for name, factory in WEIGHTS.loadable()[0].items()}
-    pairs = (
-        f"{component}-{weight}"
-        for component, factory in COMPONENTS.loadable()[0].items()
-        for weight, matrix in matrices.items()
-        if refusal(factory, matrix) is None
-    )
-    return (*ATTENTIONS, *pairs)
+    return (*ATTENTIONS, *meaningful_variants())
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def completed(packing: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """A packed result, (n, h, d), as one batch item, (1, h, n, d)."""
+    """Packed tokens, (n, h, d), as one batch item, (1, h, n, d)."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
