@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from cuda_events import median_ms
 from spectraformer.ops import reference
 from spectraformer.ops.streaming import AttentionState, empty_state
 from spectraformer.ops.triton import causal
@@ -117,18 +118,7 @@ def check(title, case):
 
 
 def median_ps(run, tokens, repeats=10):
-    for _ in range(2):
-        run()
-    events = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    ms = sorted(a.elapsed_time(b) for a, b in events)
-    return ms[len(ms) // 2] * 1e9 / tokens
+    return median_ms(lambda _: run(), repeats) * 1e9 / tokens
 
 
 def times(forward_only=False):

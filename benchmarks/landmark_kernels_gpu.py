@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from cuda_events import median_ms
 from spectraformer.ops import triton as kernels
 from spectraformer.ops.triton import backward as B
 from spectraformer.ops.triton import forward as F
@@ -26,19 +27,7 @@ DTYPE = torch.bfloat16
 
 
 def median_ps(run, sets, tokens, repeats=20):
-    for _ in range(3):
-        run(sets[0])
-    torch.cuda.synchronize()
-    times = []
-    for i in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(sets[i % len(sets)])
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    ms = sorted(a.elapsed_time(b) for a, b in times)
-    return ms[len(ms) // 2] * 1e9 / tokens
+    return median_ms(lambda i: run(sets[i % len(sets)]), repeats) * 1e9 / tokens
 
 
 def inputs(n, d, m, grad=False):

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 import spectraformer as sf
+from cuda_events import median_ms
 from spectraformer import packed
 
 LENGTHS = {  # name: lengths of sequences
@@ -19,21 +20,14 @@ LENGTHS = {  # name: lengths of sequences
 }
 
 
-def median_ms(run, repeats=20):
-    for _ in range(3):
-        run()
+def time_and_memory(run):
+    """Milliseconds of a call, and the most MiB it holds beyond its inputs."""
+    run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before, times = torch.cuda.memory_allocated(), []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    ms = sorted(a.elapsed_time(b) for a, b in times)
-    return ms[len(ms) // 2], (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = torch.cuda.memory_allocated()
+    ms = median_ms(lambda _: run())
+    return ms, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def both_ways(attend, inputs, mode):
@@ -50,7 +44,7 @@ def both_ways(attend, inputs, mode):
     unpadded, found = packed._unpadded, []
     for choose in (unpadded, lambda *_: False):
         packed._unpadded = choose
-        found.append(median_ms(run))
+        found.append(time_and_memory(run))
     packed._unpadded = unpadded
     return found
 

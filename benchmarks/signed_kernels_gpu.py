@@ -12,6 +12,7 @@ import time
 import torch
 
 import spectraformer as sf
+from cuda_events import median_ms
 from spectraformer.components.statistics import moments
 from spectraformer.ops import streaming
 from spectraformer.ops.triton import trigonometric_plan
@@ -35,19 +36,7 @@ def relative(got, want):
 
 
 def median_ps(run, sets, tokens, repeats=20):
-    for x in (sets * 3)[:3]:
-        run(x)
-    torch.cuda.synchronize()
-    times = []
-    for i in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(sets[i % len(sets)])
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    ms = sorted(a.elapsed_time(b) for a, b in times)
-    return ms[len(ms) // 2] * 1e9 / tokens
+    return median_ms(lambda i: run(sets[i % len(sets)]), repeats) * 1e9 / tokens
 
 
 def tokens(b, h, n, d, dtype, scale=1.0, **options):
