@@ -162,7 +162,9 @@ def launches_of(operands, grad, configurations=None, run=True):
         from spectraformer.ops.triton.causal_backward import Wanted, plan_backward
 
         wanted = Wanted(*[False] * 6)
-        backward, _ = plan_backward(grad, None, *operands, None, None, out, log_scale, *kept, wanted=wanted, **options)
+        backward, _ = plan_backward(
+            grad, None, *operands, None, None, None, out, log_scale, *kept, wanted=wanted, **options
+        )
         launches = launches + backward
     for launch in launches if run else []:
         launch.run()

@@ -9,6 +9,7 @@ import spectraformer as sf
 from spectraformer import packed
 from spectraformer.ops import Sequences, reference
 from spectraformer.ops import triton as kernels
+from spectraformer.ops.triton.causal import causal_landmark_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,8 +108,73 @@ def test_every_sequence_is_attended_to_on_its_own_in_every_gradient(case, dtype,
     assert {name: e for name, e in errors.items() if not e <= BOUNDS[dtype][1]} == {}
 
 
-@pytest.mark.parametrize("variant", ["posrf-orf", "oprf-orf", "saderf-qmc", "oprf-fastfoodl"])
-def test_packed_attention_takes_no_padding_and_a_graph_other_boundaries(variant, monkeypatch):
+CAUSAL_CASES = {  # lengths, h, g, d, m, growth of norms along all tokens
+    "plain": (LENGTHS, 2, 1, 64, 128, 0.0),
+    "grouped queries, two blocks of landmarks": (LENGTHS, 1, 3, 64, 256, 0.0),
+    "d 128, m 256": (LENGTHS, 2, 1, 128, 256, 0.0),
+    "d 32, m 100": (OTHERS, 2, 1, 32, 100, 0.0),
+    "norms that grow": (LENGTHS, 2, 1, 64, 128, 8.0),
+    "many short": ((3, 17, 40, 0) * 100, 2, 1, 64, 128, 0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("case", CAUSAL_CASES)
+def test_causal_sequences_give_the_bits_they_give_alone(case, dtype, monkeypatch):
+    """Chunks begin where sequences do, so all that is of one sequence is the same bits; sums over all of them agree."""
+    lengths, h, g, d, m, growth = CAUSAL_CASES[case]
+    torch.manual_seed(0)
+    n = sum(lengths)
+
+    def tokens(heads):
+        x = (
+            torch.randn(1, n, heads, d, device="cuda")
+            * (1 + growth * torch.arange(n, device="cuda") / n)[:, None, None]
+        )
+        return x.to(dtype).transpose(1, 2).requires_grad_()
+
+    operands = [tokens(h * g), tokens(h), tokens(h)]
+    operands += [(torch.randn(1, h, m, d, device="cuda") * d**-0.25).requires_grad_() for _ in range(2)]
+    operands += [x.requires_grad_() for x in (torch.randn(1, h, m, device="cuda"), torch.randn(1, h, n, device="cuda"))]
+    operands += [(-0.2 * d**-0.5 * torch.rand(1, h, d, device="cuda")).requires_grad_()]
+    weight = torch.randn(1, h * g, n, d, device="cuda").to(dtype)
+    empty = torch.Tensor.new_empty
+
+    def poisoned(*arguments, **how):
+        x = empty(*arguments, **how)
+        return x.fill_(float("nan") if x.is_floating_point() else 123) if x.is_cuda else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    out, after = causal_landmark_attention(*operands, boundaries=ends_of(lengths))
+    got = torch.autograd.grad(out, operands, weight)
+    again, _ = causal_landmark_attention(*operands, boundaries=ends_of(lengths))
+    assert all(map(torch.equal, (out, *got), (again, *torch.autograd.grad(again, operands, weight))))
+    monkeypatch.undo()
+    total = [torch.zeros_like(x, dtype=torch.float64) for x in (*operands[3:6], operands[7])]
+    for i, (first, last) in enumerate(pairwise(ends_of(lengths).tolist())):
+        if first == last:
+            continue
+        part = [x[:, :, first:last] for x in operands[:3]] + operands[3:6] + [operands[6][..., first:last], operands[7]]
+        part = [x.detach().requires_grad_() for x in part]
+        alone, state = causal_landmark_attention(*part)
+        own = torch.autograd.grad(alone, part, weight[:, :, first:last])
+        assert torch.equal(out[:, :, first:last], alone), (first, last)
+        assert torch.equal(after.sums[i : i + 1], state.sums) and torch.equal(
+            after.log_scale[i : i + 1], state.log_scale
+        )
+        assert all(torch.equal(x[:, :, first:last], y) for x, y in zip(got[:3], own[:3], strict=True)), (first, last)
+        assert torch.equal(got[6][..., first:last], own[6])
+        for x, y in zip(total, (*own[3:6], own[7]), strict=True):
+            x += y
+    for x, y in zip((*got[3:6], got[7]), total, strict=True):
+        assert ((x - y).norm() / y.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("variant", "is_causal"),
+    [("posrf-orf", False), ("oprf-orf", False), ("saderf-qmc", False), ("oprf-fastfoodl", False), ("posrf-orf", True)],
+)
+def test_packed_attention_takes_no_padding_and_a_graph_other_boundaries(variant, is_causal, monkeypatch):
     def refuse(*_):
         raise AssertionError("padded")
 
@@ -122,12 +188,12 @@ def test_packed_attention_takes_no_padding_and_a_graph_other_boundaries(variant,
         parts = []
         for a, b in pairwise(ends_of(lengths[which]).tolist()):
             sequence = [x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-            parts.append(sf.random_feature_attention(*sequence, feature_map)[0].transpose(0, 1))
+            parts.append(sf.random_feature_attention(*sequence, feature_map, is_causal=is_causal)[0].transpose(0, 1))
         out = torch.cat(parts)
         return out, *torch.autograd.grad(out, (q, k, v, *learned), torch.ones_like(out))
 
     def step():
-        out = sf.packed_random_feature_attention(q, k, v, feature_map, ends, 1000)
+        out = sf.packed_random_feature_attention(q, k, v, feature_map, ends, 1000, is_causal=is_causal)
         return out, *torch.autograd.grad(out, (q, k, v, *learned), torch.ones_like(out))
 
     # All on one stream: autograd runs a step backward where it ran forward, and a graph must not wait for another.
@@ -160,12 +226,13 @@ def test_wrong_boundaries_lead_nowhere_outside():
     assert torch.equal(found, want) and found.isfinite().all()
 
 
-def test_compiles_without_a_break():
-    feature_map = sf.FeatureMap(64, 128, "oprf", device="cuda")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compiles_without_a_break(is_causal):
+    feature_map = sf.FeatureMap(64, 128, "posrf" if is_causal else "oprf", device="cuda")
     q, k, v = (torch.randn(700, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     ends = ends_of((200, 0, 500))
     run = torch.compile(sf.packed_random_feature_attention, fullgraph=True)
-    found = [f(q, k, v, feature_map, ends, 500) for f in (run, sf.packed_random_feature_attention)]
+    found = [f(q, k, v, feature_map, ends, 500, is_causal=is_causal) for f in (run, sf.packed_random_feature_attention)]
     gradients = [torch.autograd.grad(x.float().sum(), (q, k, v)) for x in found]
     for x, y in zip(*((a, *b) for a, b in zip(found, gradients, strict=True)), strict=True):
         assert ((x - y).norm() / y.norm()).item() < 2e-2

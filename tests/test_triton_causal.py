@@ -303,11 +303,11 @@ def fakes():
         arguments = (*operands, *((None, None) if state is None else state[:2]))
         ops = torch.ops.spectraformer
         for needs_backward in (False, True):
-            real = ops.causal_landmark_attention(*arguments, needs_backward, "ieee")
-            problems += differences(real, causal._forward_shapes(*arguments, needs_backward, "ieee"))
+            real = ops.causal_landmark_attention(*arguments, None, needs_backward, "ieee")
+            problems += differences(real, causal._forward_shapes(*arguments, None, needs_backward, "ieee"))
         out, log_scale, _, *kept = real
         for wanted in ([True] * 5 + [state is not None], [False] * 6):
-            given = (torch.randn_like(out), None, *arguments, out, log_scale, *kept, wanted, "ieee")
+            given = (torch.randn_like(out), None, *arguments, None, out, log_scale, *kept, wanted, "ieee")
             real = ops.causal_landmark_attention_backward(*given)
             problems += differences(real, causal._backward_shapes(*given))
         step = [x[:, :, :1] if i < 3 or (i == 6 and x is not None) else x for i, x in enumerate(arguments)]

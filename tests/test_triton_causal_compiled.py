@@ -33,12 +33,12 @@ def compiled():
     return run_program(__file__, "compile", interpret=False)
 
 
-@pytest.mark.parametrize("shape", MAX_SPILLS, ids=str)
+@pytest.mark.parametrize("shape", [*MAX_SPILLS, "packed"], ids=str)
 def test_kernels_compile_for_hopper_onto_tensor_cores_and_mostly_into_registers(compiled, shape):
     """Matrix instructions, whether they wait for each other, spills, what shares a multiprocessor, loads ahead."""
     found = [x for x in compiled[str(shape)] if x["kernel"] not in STEEP]
-    assert {x["kernel"] for x in found} == CHUNK | OTHER
-    queries, keys = MAX_SPILLS[shape]
+    assert {x["kernel"] for x in found} == CHUNK | OTHER | ({"chunk_sequence_kernel"} if shape == "packed" else set())
+    queries, keys = MAX_SPILLS[(64, 128) if shape == "packed" else shape]
     spills = {"chunk_query_backward_kernel": queries, "chunk_key_backward_kernel": keys, "chunk_output_kernel": 80}
     for x in found:
         assert x["spills"] <= spills.get(x["kernel"], 0), x
@@ -65,14 +65,18 @@ def compile_all():
 
     meta = functools.partial(torch.empty, device="meta")
     results = {}
-    for d, m in MAX_SPILLS:
-        tokens = [meta(8, 8, 8192, d, dtype=torch.bfloat16) for _ in range(3)]
-        operands = (*tokens, meta(1, 8, m, d), meta(1, 8, m, d), meta(1, 8, m), None, meta(1, 8, d), None, None)
+    shapes = [(8, None, d, m) for d, m in MAX_SPILLS]
+    for b, boundaries, d, m in (*shapes, (1, meta(33, dtype=torch.int32), 64, 128)):
+        tokens = [meta(b, 8, 65_536 // b, d, dtype=torch.bfloat16) for _ in range(3)]
+        floats = (meta(1, 8, m, d), meta(1, 8, m, d), meta(1, 8, m), None, meta(1, 8, d))
+        operands = (*tokens, *floats, None, None, boundaries)
         launches, (out, log_scale, _, *kept) = plan_forward(*operands, needs_backward=True, precision="tf32x3")
         launches += plan_backward(
             tokens[0], None, *operands, out, log_scale, *kept, wanted=Wanted(*[False] * 6), precision="tf32x3"
         )[0]
-        results[str((d, m))] = [read(x) for x in launches if "steep" not in x.kernel.__name__]
+        results[str((d, m)) if boundaries is None else "packed"] = [
+            read(x) for x in launches if "steep" not in x.kernel.__name__
+        ]
     b, h, g, n = 2, 1, 3, 1333
     for name, dtype, d, e, m in (
         ("torch.bfloat16", torch.bfloat16, 40, 72, 100),
@@ -82,13 +86,13 @@ def compile_all():
     ):
         tokens = [meta(b, x, n, y, dtype=dtype) for x, y in ((h * g, d), (h, d), (h, e))]
         floats = [meta(b, h, m, d), meta(b, h, m, d), meta(b, h, m), meta(b, h, n), meta(b, h, d)]
-        operands = (*tokens, *floats, meta(b, h, m), meta(b, h, m, e + 1))
+        operands = (*tokens, *floats, meta(b, h, m), meta(b, h, m, e + 1), None)
         launches, (out, log_scale, sums, *kept) = plan_forward(*operands, needs_backward=True, precision="tf32x3")
         launches += plan_backward(
             torch.empty_like(out), sums, *operands, out, log_scale, *kept, wanted=Wanted(*[True] * 6),
             precision="tf32x3",
         )[0]  # fmt: skip
-        launches += plan_step(*[x[:, :, :1] for x in tokens], *floats[:3], floats[3][..., :1], *operands[7:])[0]
+        launches += plan_step(*[x[:, :, :1] for x in tokens], *floats[:3], floats[3][..., :1], *operands[7:-1])[0]
         results[name] = [read(x) for x in launches]
     sys.stdout.write(json.dumps(results))
 

@@ -38,9 +38,9 @@ def packed_random_feature_attention(
     """:func:`spectraformer.random_feature_attention` of every sequence of a packed batch on its own.
 
     Sequence i is the tokens from ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, as in the packed form of other
-    attentions. The fused kernels of bidirectional attention with positive features read packed tokens as they are. All
-    others, features that translate tokens or map them by a matrix fitted to each sequence, and ``torch.compile``, take
-    sequences side by side with padding, which is exact: time and memory are those of b sequences of the longest.
+    attentions. The fused kernels of positive features read packed tokens as they are. All others, features that
+    translate tokens or map them by a matrix fitted to each sequence, and ``torch.compile``, take sequences side by side
+    with padding, which is exact: time and memory are those of b sequences of the longest.
     Nothing waits for a GPU, and a captured graph may be replayed with other boundaries.
 
     Args:
@@ -92,9 +92,11 @@ def packed_random_feature_attention(
         return value.new_zeros(*query.shape[:2], value.shape[-1])
     sequences = ops.Sequences(cu_seqlens, cu_seqlens_key, max_seqlen, max_seqlen_key)
     tokens = heads_first(query), heads_first(key), heads_first(value)
-    if _unpadded(*tokens, feature_map, is_causal, enable_gqa, backend):
+    # Causal kernels have one set of boundaries.
+    fits = not is_causal or sequences.key is sequences.query
+    if fits and _unpadded(*tokens, feature_map, is_causal, enable_gqa, backend):
         check_dropout(dropout_p)
-        return _attend(*tokens, feature_map, sequences, scale, dropout_p)
+        return _attend(*tokens, feature_map, sequences, is_causal, scale, dropout_p)
     of_query = _Places(cu_seqlens, max_seqlen, query.shape[0])
     of_key = of_query if cu_seqlens_key is cu_seqlens else _Places(cu_seqlens_key, max_seqlen_key, key.shape[0])
     out = random_feature_attention(
@@ -128,9 +130,9 @@ def _unpadded(
     check_query_key(q, k, feature_map.head_dim, enable_gqa)
     check_value(k, v)
     # Compiled by torch 2.11 the kernels left a sequence out, on a GPU alone.
-    if is_causal or component.trigonometric or not feature_map.positive or torch.compiler.is_compiling():
+    if component.trigonometric or not feature_map.positive or torch.compiler.is_compiling():
         return False
-    if ops.choose_backend(backend, q, k, v) != "triton":
+    if ops.choose_backend(backend, q, k, v, is_causal=is_causal) != "triton":
         return False
     if not feature_map.data_dependent:
         return True
@@ -143,13 +145,16 @@ def _attend(
     v: Tensor,  # (1, h, s, e)
     feature_map: FeatureMap,
     sequences: ops.Sequences,
+    is_causal: bool,
     scale: float | None,
     dropout_p: float,
 ) -> Tensor:  # (t, h * g, e)
-    pair = feature_map(q, k, scale=scale, enable_gqa=True, sequences=sequences)
+    pair = feature_map(q, k, scale=scale, is_causal=is_causal, enable_gqa=True, sequences=sequences)
     assert isinstance(pair, Exponential)
-    attended = pair.attend(drop_values(v, dropout_p), backend="triton", sequences=sequences)
-    return attended.out.to(v.dtype).squeeze(0).transpose(0, 1)
+    attended = pair.attend(
+        drop_values(v, dropout_p), backend="triton", is_causal=is_causal, sequences=sequences
+    )  # fmt: skip
+    return attended.out.to(v.dtype).squeeze(0).transpose(0, 1).contiguous()
 
 
 def _check_boundaries(name: str, boundaries: object, longest: int, tokens: Tensor) -> None:
@@ -180,7 +185,9 @@ class _Places:
         self.real = position < boundaries.diff().unsqueeze(-1)  # (b, longest)
         self.packed = (starts.unsqueeze(-1) + position).clamp_max(tokens - 1).flatten()  # (b * longest,)
         token = torch.arange(tokens, device=boundaries.device)
-        sequence = torch.searchsorted(boundaries[1:].contiguous(), token, right=True).clamp_max(self.sequences - 1)
+        # In all boundaries, not from the second on: compiled for a GPU, torch 2.11 reads such a view from the first.
+        sequence = torch.searchsorted(boundaries.contiguous(), token, right=True) - 1
+        sequence = sequence.clamp(0, self.sequences - 1)
         self.padded = sequence * longest + (token - starts[sequence]).clamp(0, longest - 1)  # (tokens,)
         self.longest = longest
 

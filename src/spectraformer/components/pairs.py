@@ -127,7 +127,7 @@ class Exponential:
             state: Where causal attention begins.
             backend: "auto", or one that accepts these tokens.
             is_causal: Implied by a state.
-            sequences: Of a packed batch; for backend "triton", and not causal.
+            sequences: Of a packed batch; for backend "triton".
         """
         if value.dtype != self.key.dtype:
             value = value.to(torch.promote_types(value.dtype, self.key.dtype))
@@ -139,7 +139,7 @@ class Exponential:
         landmarks = (self.query_landmarks, self.key_landmarks, self.landmark_bias)
         operands = (self.query, self.key, value, *landmarks, key_bias, key_quadratic)
         if is_causal:
-            out, after = ops.causal_landmark_attention(*operands, state, backend)
+            out, after = ops.causal_landmark_attention(*operands, state, backend, sequences)
             return Attended(out, state=after)
         return Attended(ops.run_landmark_attention(backend, *operands, sequences))
 

@@ -154,15 +154,19 @@ def causal_landmark_attention(
     key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
     state: AttentionState | None = None,
     backend: str = "torch",
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, AttentionState]:
     """As :func:`run_landmark_attention`, query t seeing the state and keys 0..t only; linear in n.
+
+    Packed sequences are for the backend "triton"; queries and keys are the same tokens.
 
     Returns:
         Output, (b, h * g, n, e), and the state after the last key.
     """
     if backend == "triton":
         operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
-        return causal_kernels.causal_landmark_attention(*operands, state)
+        boundaries = None if sequences is None else sequences.key
+        return causal_kernels.causal_landmark_attention(*operands, state, boundaries=boundaries)
     b, h, n, d = key.shape
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias = _prepare(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, _whole_bias(key, key_bias, key_quadratic)

@@ -24,8 +24,6 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
-# Value dims up to here and up to half the head dim are left to plain torch in 16 bits.
-NARROW_VALUES = 32
 # 227 KiB of shared memory a program.
 CAPABILITIES = (9, 10)
 # Products of float32: three products of the tensor cores' short format keep all bits that matter ("tf32x3"), the
@@ -55,13 +53,6 @@ def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     d, e = key.shape[-1], value.shape[-1]
     if max(d, e) > MAX_HEAD_DIM:
         reasons.append(f"head dim {d} or value dim {e} is above {MAX_HEAD_DIM}")
-    if (
-        not INTERPRETED
-        and 2 * e <= d
-        and e <= NARROW_VALUES
-        and (autocast_dtype(query.device) or key.dtype).itemsize == 2
-    ):
-        reasons.append(f"a value dim of {e} beside a head dim of {d} is not tested on a GPU in 16 bits")
     return reasons
 
 

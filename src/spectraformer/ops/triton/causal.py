@@ -19,15 +19,12 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops.streaming import AttentionState, empty_state
-from spectraformer.ops.triton import INTERPRETED, LIBRARY, OPERANDS, PRECISIONS, autocast_dtype, with_unit_stride
+from spectraformer.ops.triton import LIBRARY, OPERANDS, PRECISIONS, autocast_dtype, with_unit_stride
 from spectraformer.ops.triton import refusals as refusals_of_any
 
-# Narrowest value dim of 16 bits, where moreover values are to be no narrower than keys, both as powers of two. At 16,
-# and at 32 beside a head dim of 128, outputs were wrong on a GPU, though Triton's interpreter agrees with these tiles.
-NARROWEST_16 = 32
-# Operands of the kernels, and how many of them there are with the state.
+# Of the operands of the kernels, and how many there are with them.
 STATE = "Tensor? log_scale, Tensor? sums"
-INPUTS = 10
+INPUTS = 11
 # Of float32 heads; above it next to nothing would be in registers.
 MAX_DIM_32 = 128
 
@@ -36,15 +33,9 @@ def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why causal attention of a feature map does not take the kernels; empty if it does."""
     reasons = refusals_of_any(query, key, value)
     dtype = autocast_dtype(query.device) or key.dtype
-    d, e = (max(16, 1 << (size - 1).bit_length()) for size in (key.shape[-1], value.shape[-1]))
     widest = max(key.shape[-1], value.shape[-1])
     if dtype == torch.float32 and widest > MAX_DIM_32:
         reasons.append(f"head dim or value dim {widest} is above {MAX_DIM_32}: in float32 tiles do not fit registers")
-    if not INTERPRETED and dtype != torch.float32 and e < max(d, NARROWEST_16):
-        reasons.append(
-            f"in {dtype} a value dim of {value.shape[-1]} beside a head dim of {key.shape[-1]} is too narrow; expected "
-            f"at least {max(d // 2 + 1, NARROWEST_16 // 2 + 1)}"
-        )
     return reasons
 
 
@@ -59,6 +50,7 @@ def causal_landmark_attention(
     key_quadratic: Tensor | None = None,  # (b | 1, h | 1, d)
     state: AttentionState | None = None,
     precision: str = "tf32x3",
+    boundaries: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState]:  # (b, h * g, n, e)
     r"""Query t attends to the state and to keys 0..t through landmarks, see :mod:`spectraformer.ops`.
 
@@ -76,35 +68,48 @@ def causal_landmark_attention(
         key_quadratic: C_c, float32, or None for 0.
         state: What earlier calls returned, of this or of any other backend; None before the first key.
         precision: Of products of float32 inputs: one of PRECISIONS.
+        boundaries: Of packed sequences, whose tokens are one batch item, as all operands are: sequence i is the tokens
+            from entry i up to entry i + 1, (sequences + 1,), int32 or int64. They are read on the device. None leads
+            outside of the tokens, but output and gradients of tokens in no sequence are undefined.
 
     Returns:
-        Output, dense, in the dtype of the values, 0 for queries without any key; and the state after the last key,
-        whose running maximum is in natural units. Both differentiable once in every operand and in the sums of the
-        state; running maxima carry no gradient.
+        Output, dense, in the dtype of the values, 0 for queries without any key; and the state after the last key (of
+        packed sequences, of each: b of a state is their number), whose running maximum is in natural units. Both
+        differentiable once in every operand and in the sums of the state; running maxima carry no gradient.
 
     Raises:
-        ValueError: If the precision is unknown, or the state is that of signed features or of other shapes.
+        ValueError: If the precision is unknown, the state is that of signed features or of other shapes, or operands
+            of packed sequences are more than one batch item.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {PRECISIONS}")
-    _check_state(key, value, query_landmarks, state)
+    items = key.shape[0]
+    if boundaries is not None:
+        items = len(boundaries) - 1
+        shapes = [tuple(x.shape) for x in (key, query_landmarks, key_landmarks, landmark_bias) if x.shape[0] != 1]
+        if shapes:
+            raise ValueError(f"operands of packed sequences have shapes {shapes}; expected one batch item")
+        boundaries = boundaries.contiguous()
+    _check_state((items, key.shape[1], query_landmarks.shape[-2], value.shape[-1]), state)
     autocast = autocast_dtype(query.device)
     if autocast is not None:
         query, key, value = (x.to(autocast) for x in (query, key, value))
     if key.shape[0] == 0 or key.shape[2] == 0:
-        after = state or _empty_state(key, value, query_landmarks)
+        m, e = query_landmarks.shape[-2], value.shape[-1]
+        after = state or empty_state(items, key.shape[1], m, e, device=key.device, dtype=torch.float32)
         return value.new_zeros(*query.shape[:3], value.shape[-1]), after
     log_scale, sums = (None, None) if state is None else state[:2]
     floats = (query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, log_scale, sums)
     operands = (
         *(with_unit_stride(x) for x in (query, key, value)),
         *(None if x is None else with_unit_stride(x.float()) for x in floats),
+        boundaries,
     )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         out, log_scale, sums = _CausalLandmarkAttention.apply(*operands, precision)
         return out, AttentionState(log_scale, sums)
-    if key.shape[2] == 1:
-        out, log_scale, sums = torch.ops.spectraformer.landmark_attention_step(*operands)
+    if key.shape[2] == 1 and boundaries is None:
+        out, log_scale, sums = torch.ops.spectraformer.landmark_attention_step(*operands[:-1])
     else:
         out, log_scale, sums, *_ = torch.ops.spectraformer.causal_landmark_attention(*operands, False, precision)
     return out, AttentionState(log_scale, sums)
@@ -137,32 +142,24 @@ def decode_step(
         )
 
 
-def _check_state(key: Tensor, value: Tensor, landmarks: Tensor, state: AttentionState | None) -> None:
+def _check_state(sizes: tuple[int, int, int, int], state: AttentionState | None) -> None:
     if state is None:
         return
     if state.magnitude is not None:
         raise ValueError("state is that of signed features (it has magnitudes); expected one of positive features")
-    (b, h), m = key.shape[:2], landmarks.shape[-2]
-    for name, x, expected in (
-        ("log_scale", state.log_scale, (b, h, m)),
-        ("sums", state.sums, (b, h, m, value.shape[-1] + 1)),
-    ):
+    *lead, e = sizes
+    for name, x, expected in (("log_scale", state.log_scale, (*lead,)), ("sums", state.sums, (*lead, e + 1))):
         if tuple(x.shape) != expected:
             raise ValueError(f"state.{name} has shape {tuple(x.shape)}; expected {expected}")
 
 
-def _empty_state(key: Tensor, value: Tensor, landmarks: Tensor) -> AttentionState:
-    b, h = key.shape[:2]
-    return empty_state(b, h, landmarks.shape[-2], value.shape[-1], device=key.device, dtype=torch.float32)
-
-
 LIBRARY.define(
-    f"causal_landmark_attention({OPERANDS}, {STATE}, bool needs_backward, str precision) "
+    f"causal_landmark_attention({OPERANDS}, {STATE}, Tensor? boundaries, bool needs_backward, str precision) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    f"causal_landmark_attention_backward(Tensor grad, Tensor? grad_sums, {OPERANDS}, {STATE}, Tensor out, "
-    "Tensor log_scale_after, Tensor query_log_sum, Tensor entering_mean, Tensor log_sum, Tensor first, "
+    f"causal_landmark_attention_backward(Tensor grad, Tensor? grad_sums, {OPERANDS}, {STATE}, Tensor? boundaries, "
+    "Tensor out, Tensor log_scale_after, Tensor query_log_sum, Tensor entering_mean, Tensor log_sum, Tensor first, "
     "Tensor steepest, bool[] wanted, str precision) -> Tensor[]"
 )
 LIBRARY.define(f"landmark_attention_step({OPERANDS}, {STATE}) -> (Tensor, Tensor, Tensor)")
@@ -184,22 +181,22 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     from spectraformer.ops.triton.causal_plan import cut, state_dtype
 
     query, key, value, landmarks = arguments[:4]
-    needs_backward = arguments[INPUTS]
+    boundaries, needs_backward = arguments[INPUTS - 1 : INPUTS + 1]
     (b, h, n, _), e, m = key.shape, value.shape[-1], landmarks.shape[-2]
-    found = cut(key, value, m)
+    found = cut(key, value, m, boundaries)
 
     def new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return query.new_empty(shape if wanted else (0,), dtype=dtype)
 
     return (
         query.new_empty(*query.shape[:3], e),
-        new(b, h, m),
-        new(b, h, m, e + 1),
+        new(b * found.sequences, h, m),
+        new(b * found.sequences, h, m, e + 1),
         new(b * query.shape[1], n, wanted=needs_backward),
         new(b * h, found.chunks, m, e, wanted=needs_backward, dtype=state_dtype(key.dtype)),
-        new(b * h, found.chunks + 1, m, wanted=needs_backward),
+        new(b * h, found.chunks + found.sequences, m, wanted=needs_backward),
         new(b * h, found.chunks, m, wanted=needs_backward),
-        new(b * h, found.chunks + 1, found.row_blocks, wanted=needs_backward),
+        new(b * h, found.chunks + found.sequences, found.row_blocks, wanted=needs_backward),
     )
 
 
@@ -254,7 +251,7 @@ def _plan_step(operands: Any) -> Any:
 
 
 def _step_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    return _forward_shapes(*arguments, False, "")[:3]
+    return _forward_shapes(*arguments, None, False, "")[:3]
 
 
 for _name, _run, _shapes in (
@@ -291,4 +288,4 @@ class _CausalLandmarkAttention(torch.autograd.Function):
         )
         others = iter(found[3:])
         of_floats = [next(others) if need else None for need in wanted]
-        return (*found[:3], *of_floats[:5], None, of_floats[5], None)
+        return (*found[:3], *of_floats[:5], None, of_floats[5], None, None)

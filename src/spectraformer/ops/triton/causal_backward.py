@@ -16,7 +16,6 @@ from spectraformer.ops.triton.causal_landmark_backward import landmark_backward_
 from spectraformer.ops.triton.causal_plan import (
     SCAN_STAGES,
     SCAN_WARPS,
-    SPREAD,
     STEEP_WARPS,
     Given,
     compile_time,
@@ -24,6 +23,7 @@ from spectraformer.ops.triton.causal_plan import (
     cut,
     launch_of,
     of_inputs,
+    spread_of,
     state_dtype,
 )
 from spectraformer.ops.triton.causal_query_backward import chunk_query_backward_kernel
@@ -74,6 +74,7 @@ def plan_backward(
     key_quadratic: Tensor | None,
     log_scale: Tensor | None,
     sums: Tensor | None,
+    boundaries: Tensor | None,
     out: Tensor,
     log_scale_after: Tensor,
     query_log_sum: Tensor,
@@ -103,6 +104,7 @@ def plan_backward(
         key_quadratic: Coefficients of squared keys or None.
         log_scale: Running maximum before the first key or None.
         sums: Sums before the first key or None.
+        boundaries: Where packed sequences begin and the last ends, or None.
         out: The forward's output, dense.
         log_scale_after: The forward's running maximum after the last key.
         query_log_sum: The forward's log-sum-exps of queries.
@@ -119,8 +121,8 @@ def plan_backward(
     groups = query_heads // h
     e, m = value.shape[-1], query_landmarks.shape[-2]
     new = query.new_empty
-    found = cut(key, value, m, configurations)
-    chunks = found.chunks
+    found = cut(key, value, m, boundaries, configurations)
+    chunks, items = found.chunks, b * found.sequences
 
     def floats(*shape: int, given: bool = True) -> Tensor | None:
         return new(shape, dtype=torch.float32) if given else None
@@ -129,7 +131,7 @@ def plan_backward(
         return new(shape, dtype=state_dtype(key.dtype)) if given else None
 
     launches, arguments = of_inputs(
-        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, found
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, boundaries, found
     )
     of_queries, of_keys = (
         configuration(x, key, value, m, configurations) for x in ("chunk_queries_backward", "chunk_keys_backward")
@@ -140,7 +142,7 @@ def plan_backward(
     pieces = groups * fixed["TILES"]
     whole = {"TOKENS": found.chunk}
     grad_query, grad_key, grad_value = new(query.shape), new(key.shape), new(value.shape)
-    of_sums = floats(b, h, m, e + 1, given=wanted.sums)
+    of_sums = floats(items, h, m, e + 1, given=wanted.sums)
     arguments |= {
         "grad": grad,
         "out": out,
@@ -167,11 +169,11 @@ def plan_backward(
         "grad_key_bias": floats(b, h, 1, n, given=wanted.key_bias),
         "grad_key_quadratic": floats(b, h, chunks * fixed_keys["TILES"], d, given=wanted.key_quadratic),
         "grad_sums": of_sums,
-        "spread": min(SPREAD, chunks),
+        "spread": spread_of(found),
         "pieces": pieces,
     }
     spread = arguments["spread"]
-    scans = b * h * found.row_blocks * found.column_blocks
+    scans = items * h * found.row_blocks * found.column_blocks
     # Accumulators of both do not fit into registers beyond head dim 64.
     alone: list[dict[str, Any]] = [{}] if max(d, e) <= JOINT_DIM else [{"grad_value": None}, {"grad_key": None}]
     launches += [
@@ -183,7 +185,7 @@ def plan_backward(
             of_queries.warps,
             of_queries.registers,
         ),
-        launch_of(steep_query_backward_kernel, b * query_heads * spread, arguments, fixed | whole, STEEP_WARPS),
+        launch_of(steep_query_backward_kernel, items * query_heads * spread, arguments, fixed | whole, STEEP_WARPS),
         launch_of(reverse_scan_kernel, scans, arguments, fixed | {"STAGES": SCAN_STAGES}, SCAN_WARPS),
         *[
             launch_of(
@@ -196,14 +198,14 @@ def plan_backward(
             )
             for one in alone
         ],
-        launch_of(steep_key_backward_kernel, b * h * spread, arguments, fixed_keys | whole, STEEP_WARPS),
+        launch_of(steep_key_backward_kernel, items * h * spread, arguments, fixed_keys | whole, STEEP_WARPS),
     ]
     of_landmarks: list[Tensor | None] = []
     for tokens, bias, logits in (
         (query, None, arguments["grad_query_logits"]),
         (key, key_bias, arguments["grad_key_logits"]),
     ):
-        launch, part = (None, None) if logits is None else _of_landmarks(tokens, bias, logits, h, precision)
+        launch, part = (None, None) if logits is None else _of_landmarks(tokens, bias, logits, boundaries, h, precision)
         launches += [] if launch is None else [launch]
         of_landmarks.append(part)
     return launches, Gradients(
@@ -220,7 +222,12 @@ def plan_backward(
 
 
 def _of_landmarks(
-    tokens: Tensor, key_bias: Tensor | None, grad_logits: Tensor, key_heads: int, precision: str
+    tokens: Tensor,
+    key_bias: Tensor | None,
+    grad_logits: Tensor,
+    boundaries: Tensor | None,
+    key_heads: int,
+    precision: str,
 ) -> tuple[Launch, Tensor]:
     """The kernel that sums gradients of logits times tokens over pieces of the sequence, and its sums."""
     b, heads, n, d = tokens.shape
@@ -234,6 +241,8 @@ def _of_landmarks(
         "grad_logits": grad_logits,
         "tokens": tokens,
         "key_bias": key_bias,
+        "boundaries": boundaries,
+        "sequences": 1 if boundaries is None else len(boundaries) - 1,
         "part": part,
         **{name.removeprefix("tokens_"): x for name, x in found.items()},
         "heads": heads,

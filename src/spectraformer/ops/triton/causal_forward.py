@@ -17,6 +17,7 @@ import triton.language as tl
 
 from spectraformer.ops.triton.causal_tiles import (
     SIZES,
+    chunk_tokens,
     finite,
     load_keys,
     load_landmark_weight,
@@ -30,15 +31,17 @@ from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_t
 @triton.jit(do_not_specialize=SIZES)
 def chunk_output_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+    boundaries,  # (sequences + 1,): sequences are packed into one batch item; or None
+    chunk_sequence,  # (chunks,) int32 where they are
     entering_mean,  # (b h, chunks, m, e)
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    log_sum,  # (b h, chunks + sequences, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
     out,  # (b h g, n, e)
     query_log_sum,  # (b h g, n) float32, units of log 2, or None
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head, landmark_bias_batch,
     landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head, heads, groups, n,
-    chunks,
+    chunks, sequences,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
@@ -50,8 +53,9 @@ def chunk_output_kernel(
     chunk = (program // (TILES * groups)) % chunks
     flat = tl.cast(program // (TILES * groups * chunks), tl.int64)
     batch, head = flat // heads, flat % heads
-    start, place = (chunk * TILES + tile) * TOKENS, flat * chunks + chunk
-    if start >= n:
+    begin, end, sequence = chunk_tokens(boundaries, chunk_sequence, chunk, n, chunks, sequences, TILES * TOKENS)
+    start, place = begin + tile * TOKENS, flat * chunks + chunk
+    if start >= end:
         return
     offset = tl.cast(start, tl.int64)
     # Query heads of a key head follow one another.
@@ -66,11 +70,11 @@ def chunk_output_kernel(
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
     entering_mean += place * M * E
-    log_sum += (place + flat) * M
+    log_sum += (place + flat * sequences + sequence) * M
     first += place * M
 
     row = tl.arange(0, TOKENS)
-    rows = n - start
+    rows = end - start
     q = load_tile(query, row, query_row, rows, D, D_PADDED)
     top = tl.full((TOKENS,), float("-inf"), tl.float32)
     mass = tl.zeros((TOKENS,), tl.float32)
@@ -95,7 +99,7 @@ def chunk_output_kernel(
         top = higher
         for before in tl.range(0, tile + 1, num_stages=1):
             at = start - before * TOKENS
-            k, weight, present = load_keys(key, key_bias, key_quadratic, at, key_row, row, n - at, D, D_PADDED)
+            k, weight, present = load_keys(key, key_bias, key_quadratic, at, key_row, row, end - at, D, D_PADDED)
             features = tl.dot(k, tl.trans(w), input_precision=PRECISION) * LOG2_E - reference[None, :]
             features = tl.exp2(features + weight[:, None]).to(PRODUCT)
             scores = tl.dot(p, tl.trans(features), input_precision=PRECISION)

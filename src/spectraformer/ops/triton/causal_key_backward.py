@@ -23,10 +23,12 @@ import triton.language as tl
 
 from spectraformer.ops.triton.causal_tiles import (
     SIZES,
+    chunk_tokens,
     load_keys,
     load_landmark_weight,
     load_normaliser,
     load_reference,
+    store_zeros,
 )
 from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
 
@@ -62,7 +64,9 @@ def store_key_gradients(
 @triton.jit(do_not_specialize=SIZES)
 def chunk_key_backward_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    boundaries,  # (sequences + 1,): sequences are packed into one batch item; or None
+    chunk_sequence,  # (chunks,) int32 where they are
+    log_sum,  # (b h, chunks + sequences, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
     grad,  # (b, h g, n, e)
     query_log_sum,  # (b h g, n) float32, units of log 2
@@ -77,7 +81,7 @@ def chunk_key_backward_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
     grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
     landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
-    heads, groups, n, chunks,
+    heads, groups, n, chunks, sequences,
     ONE_GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr,
     E_PADDED: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
@@ -88,7 +92,13 @@ def chunk_key_backward_kernel(
     chunk = (program // TILES) % chunks
     flat = tl.cast(program // (TILES * chunks), tl.int64)
     batch, head = flat // heads, flat % heads
-    start, place = (chunk * TILES + tile) * TOKENS, flat * chunks + chunk
+    begin, end, sequence = chunk_tokens(boundaries, chunk_sequence, chunk, n, chunks, sequences, TILES * TOKENS)
+    start, place = begin + tile * TOKENS, flat * chunks + chunk
+    if boundaries is not None:  # noqa: SIM102 - the first is known when compiled
+        if begin >= end:  # of no sequence
+            if grad_key_quadratic is not None:
+                store_zeros(grad_key_quadratic + (place * TILES + tile) * D, D)
+            return
     offset = tl.cast(start, tl.int64)
     query += batch * query_batch + head * groups * query_head
     grad += batch * grad_batch + head * groups * grad_head
@@ -101,7 +111,7 @@ def chunk_key_backward_kernel(
         key_bias += batch * key_bias_batch + head * key_bias_head
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
-    log_sum += (place + flat) * M
+    log_sum += (place + flat * sequences + sequence) * M
     first += place * M
     suffix_value += place * M * E
     suffix_delta += place * M
@@ -110,7 +120,7 @@ def chunk_key_backward_kernel(
     token = flat * n + start
 
     row = tl.arange(0, TOKENS)
-    rows = n - start
+    rows = end - start
     k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
     v = load_rows(value, row, value_row, present, E, E_PADDED).to(PRODUCT)
     dk = tl.zeros((TOKENS, D_PADDED), tl.float32)

@@ -19,8 +19,10 @@ def landmark_backward_kernel(
     grad_logits,  # (b h, n, m)
     tokens,  # (b, h, n, d)
     key_bias,  # nothing is read of keys that are removed; None for queries
+    boundaries,  # (sequences + 1,): tokens behind the last belong to no sequence; or None
     part,  # (b h, pieces, m, d) float32
     batch, head, row, key_bias_batch, key_bias_head, heads, n, span, pieces,
+    sequences,
     M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr,
     TOKENS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,6 +38,8 @@ def landmark_backward_kernel(
     landmark, column = tl.arange(0, LANDMARKS), tl.arange(0, TOKENS)
     total = tl.zeros((LANDMARKS, D_PADDED), tl.float32)
     last = tl.minimum(piece * span + span, n)
+    if boundaries is not None:
+        last = tl.minimum(tl.maximum(tl.load(boundaries + sequences), 0), last).to(tl.int32)
     for start in tl.range(piece * span, last, TOKENS, num_stages=STAGES):
         offset = tl.cast(start, tl.int64)
         present = column < last - start

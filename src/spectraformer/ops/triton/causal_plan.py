@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectraformer.ops.triton.causal_chunks import chunk_state_kernel, round_kernel
+from spectraformer.ops.triton.causal_chunks import chunk_sequence_kernel, chunk_state_kernel, round_kernel
 from spectraformer.ops.triton.causal_configurations import PASSES, choose
 from spectraformer.ops.triton.causal_forward import chunk_output_kernel
 from spectraformer.ops.triton.causal_scan import scan_kernel
@@ -23,6 +23,10 @@ from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strid
 
 # Elements of a tile of a scan, 8 a thread; chunks it loads ahead.
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 1024, 4, 6
+# Columns of the narrowest tile of values in 16 bits.
+NARROWEST_VALUES = 32
+# Chunks of a sequence that are numbered at once.
+NUMBERED = 128
 # Programs of a head that look for steep chunks, and the tile of queries they work on.
 SPREAD, STEEP_TILE, STEEP_WARPS = 16, 4096, 8
 
@@ -35,9 +39,9 @@ class Forward(NamedTuple):
     sums: Tensor  # (b, h, m, e + 1) float32, likewise
     query_log_sum: Tensor  # (b h g, n) float32, units of log 2; this and what follows empty unless needed backward
     entering_mean: Tensor  # (b h, chunks, m, e), bfloat16 for inputs of 16 bits
-    log_sum: Tensor  # (b h, chunks + 1, m) float32, units of log 2
+    log_sum: Tensor  # (b h, chunks + sequences, m) float32, units of log 2
     first: Tensor  # (b h, chunks, m) float32, units of log 2
-    steepest: Tensor  # (b h, chunks + 1, row blocks) float32, units of log 2
+    steepest: Tensor  # (b h, chunks + sequences, row blocks) float32, units of log 2
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,10 +50,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Cut(NamedTuple):
-    """How a sequence and its states are cut, by shapes alone."""
+    """How sequences and their states are cut, by shapes alone."""
 
+    sequences: int  # of one batch item: 1 unless they are packed
     chunk: int
-    chunks: int
+    chunks: int  # room for those of all sequences of one batch item
     rows: int  # landmarks of a tile of a scan
     columns: int  # its value dims
     row_blocks: int
@@ -65,13 +70,23 @@ def configuration(name: str, key: Tensor, value: Tensor, landmarks: int, given: 
     return (given or {}).get(name) or choose(name, key.dtype, widest, landmarks)
 
 
-def cut(key: Tensor, value: Tensor, landmarks: int, given: Given = None) -> Cut:
+def cut(key: Tensor, value: Tensor, landmarks: int, boundaries: Tensor | None = None, given: Given = None) -> Cut:
     """How a call with these keys and values is cut."""
     n, e = key.shape[2], value.shape[-1]
     chunk = configuration(PASSES[0], key, value, landmarks, given).tokens
+    sequences, chunks = 1, -(-n // chunk)
+    if boundaries is not None:
+        sequences = len(boundaries) - 1
+        # Sequence i begins at its first token / chunk + i: see sequence_chunks.
+        chunks = n // chunk + sequences
     columns = min(padded_dim(e), 64)
     rows = SCAN_TILE // columns
-    return Cut(chunk, -(-n // chunk), rows, columns, -(-landmarks // rows), -(-e // columns))
+    return Cut(sequences, chunk, chunks, rows, columns, -(-landmarks // rows), -(-e // columns))
+
+
+def spread_of(found: Cut) -> int:
+    """Programs of a sequence and head that look for steep chunks."""
+    return max(1, min(SPREAD, found.chunks // found.sequences))
 
 
 def launch_of(
@@ -99,9 +114,14 @@ def compile_time(
 ) -> dict[str, Any]:
     """Compile-time arguments of every kernel."""
     product = tl.float32 if dtype == torch.float32 else tl.bfloat16
+    fixed = constants(chosen, m, d, e, precision)
+    if dtype != torch.float32:
+        # Narrower than keys, or of 16 columns, outputs were wrong on a GPU: docs/kernels.md, "What one has to know".
+        fixed["E_PADDED"] = max(fixed["D_PADDED"], fixed["E_PADDED"], NARROWEST_VALUES)
     # A tile of steep chunks is of float32 and read without a pipeline.
-    queries = max(16, min(found.chunk, STEEP_TILE // max(found.chunk, padded_dim(d), padded_dim(e))))
-    return constants(chosen, m, d, e, precision) | {
+    queries = max(16, min(found.chunk, STEEP_TILE // max(found.chunk, fixed["D_PADDED"], fixed["E_PADDED"])))
+    return fixed | {
+        "CHUNK": found.chunk,
         "PRODUCT": product,
         "ROWS": found.rows,
         "COLUMNS": found.columns,
@@ -142,10 +162,12 @@ def of_inputs(
     landmark_bias: Tensor,
     key_bias: Tensor | None,
     key_quadratic: Tensor | None,
+    boundaries: Tensor | None,
     found: Cut,
 ) -> tuple[list[Launch], dict[str, Any]]:
-    """What rounds the landmarks, and the arguments that kernels of both directions take."""
+    """What rounds the landmarks and numbers chunks, and the arguments that kernels of both directions take."""
     rounding, landmarks = rounded(query_landmarks, key_landmarks, key.dtype)
+    launches = [rounding]
     operands = {
         "query": query,
         "key": key,
@@ -154,8 +176,19 @@ def of_inputs(
         "key_bias": key_bias,
         "key_quadratic": key_quadratic,
     }
-    sizes = {"heads": key.shape[1], "groups": query.shape[1] // key.shape[1], "n": key.shape[2], "chunks": found.chunks}
-    return [rounding], operands | strides(**operands) | landmarks | sizes
+    sizes = {
+        "heads": key.shape[1],
+        "groups": query.shape[1] // key.shape[1],
+        "n": key.shape[2],
+        "chunks": found.chunks,
+        "sequences": found.sequences,
+    }
+    places = {"boundaries": boundaries, "chunk_sequence": None}
+    if boundaries is not None:
+        places["chunk_sequence"] = query.new_empty(found.chunks, dtype=torch.int32)
+        fixed = {"CHUNK": found.chunk, "AT_ONCE": NUMBERED}
+        launches.append(launch_of(chunk_sequence_kernel, found.sequences, places | sizes, fixed, 4))
+    return launches, operands | strides(**operands) | landmarks | places | sizes
 
 
 def plan_forward(
@@ -169,12 +202,15 @@ def plan_forward(
     key_quadratic: Tensor | None,
     log_scale: Tensor | None,
     sums: Tensor | None,
+    boundaries: Tensor | None = None,
     *,
     needs_backward: bool,
     precision: str,
     configurations: Given = None,
 ) -> tuple[list[Launch], Forward]:
     """The kernels of the forward and the tensors they fill.
+
+    Packed sequences are one batch item of all operands but the state, and b of states at ends is their number.
 
     Args:
         query: Queries.
@@ -187,14 +223,15 @@ def plan_forward(
         key_quadratic: Coefficients of squared keys or None.
         log_scale: Running maximum of the state before the first token, (b, h, m), or None.
         sums: Sums of that state, (b, h, m, e + 1), or None.
+        boundaries: Where packed sequences begin and the last ends, (sequences + 1,), or None.
         needs_backward: Whether to keep what the backward takes.
         precision: Of float32 products, as Triton names it.
         configurations: By name of pass, in place of the table's.
     """
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
-    found = cut(key, value, m, configurations)
-    chunks = found.chunks
+    found = cut(key, value, m, boundaries, configurations)
+    chunks, items = found.chunks, b * found.sequences
 
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
@@ -202,16 +239,17 @@ def plan_forward(
     def states() -> Tensor:
         return query.new_empty((b * h, chunks, m, e), dtype=state_dtype(key.dtype))
 
-    out, after_scale, after_sums = query.new_empty(b, query_heads, n, e), floats(b, h, m), floats(b, h, m, e + 1)
+    out = query.new_empty(b, query_heads, n, e)
+    after_scale, after_sums = floats(items, h, m), floats(items, h, m, e + 1)
     query_log_sum = floats(b * query_heads, n) if needs_backward else None
     kept = {
         "entering_mean": states(),
-        "log_sum": floats(b * h, chunks + 1, m),
+        "log_sum": floats(b * h, chunks + found.sequences, m),
         "first": floats(b * h, chunks, m),
-        "steepest": floats(b * h, chunks + 1, found.row_blocks),
+        "steepest": floats(b * h, chunks + found.sequences, found.row_blocks),
     }
     launches, arguments = of_inputs(
-        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, found
+        query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, boundaries, found
     )
     arguments |= kept | {
         "part_mean": states(),
@@ -226,12 +264,12 @@ def plan_forward(
         "sums_after": after_sums,
         "out": out,
         "query_log_sum": query_log_sum,
-        "spread": min(SPREAD, chunks),
+        "spread": spread_of(found),
     }
     states_of, outputs = (configuration(x, key, value, m, configurations) for x in ("chunk_states", "chunk_outputs"))
     fixed = compile_time(outputs, found, m, d, e, precision, key.dtype)
     of_states = compile_time(states_of, found, m, d, e, precision, key.dtype)
-    scans = b * h * found.row_blocks * found.column_blocks
+    scans = items * h * found.row_blocks * found.column_blocks
     launches += [
         launch_of(
             chunk_state_kernel,
@@ -252,7 +290,7 @@ def plan_forward(
         ),
         launch_of(
             steep_output_kernel,
-            b * query_heads * arguments["spread"],
+            items * query_heads * arguments["spread"],
             arguments,
             fixed | {"TOKENS": found.chunk},
             STEEP_WARPS,

@@ -21,10 +21,12 @@ import triton.language as tl
 
 from spectraformer.ops.triton.causal_tiles import (
     SIZES,
+    chunk_tokens,
     load_keys,
     load_landmark_weight,
     load_normaliser,
     load_reference,
+    store_zeros,
 )
 from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
 
@@ -32,8 +34,10 @@ from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_t
 @triton.jit(do_not_specialize=SIZES)
 def chunk_query_backward_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+    boundaries,  # (sequences + 1,): sequences are packed into one batch item; or None
+    chunk_sequence,  # (chunks,) int32 where they are
     entering_mean,  # (b h, chunks, m, e)
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    log_sum,  # (b h, chunks + sequences, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
     out,  # (b h g, n, e)
     grad,  # (b, h g, n, e)
@@ -47,7 +51,7 @@ def chunk_query_backward_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
     grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
     landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
-    heads, groups, n, chunks,
+    heads, groups, n, chunks, sequences,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
@@ -59,7 +63,8 @@ def chunk_query_backward_kernel(
     chunk = (program // (TILES * groups)) % chunks
     flat = tl.cast(program // (TILES * groups * chunks), tl.int64)
     batch, head = flat // heads, flat % heads
-    start, place = (chunk * TILES + tile) * TOKENS, flat * chunks + chunk
+    begin, end, sequence = chunk_tokens(boundaries, chunk_sequence, chunk, n, chunks, sequences, TILES * TOKENS)
+    start, place = begin + tile * TOKENS, flat * chunks + chunk
     offset = tl.cast(start, tl.int64)
     query += batch * query_batch + (head * groups + group) * query_head + offset * query_row
     grad += batch * grad_batch + (head * groups + group) * grad_head + offset * grad_row
@@ -73,13 +78,18 @@ def chunk_query_backward_kernel(
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
     entering_mean += place * M * E
-    log_sum += (place + flat) * M
+    log_sum += (place + flat * sequences + sequence) * M
     first += place * M
     token = (flat * groups + group) * n + start
     piece = ((place * groups + group) * TILES + tile) * M
+    if boundaries is not None:  # noqa: SIM102 - the first is known when compiled
+        if begin >= end:  # of no sequence
+            if grad_landmark_bias is not None:
+                store_zeros(grad_landmark_bias + piece, M)
+            return
 
     row = tl.arange(0, TOKENS)
-    rows = n - start
+    rows = end - start
     do = load_tile(grad, row, grad_row, rows, E, E_PADDED)
     result = load_tile(out + token * E, row, E, rows, E, E_PADDED)
     inner = tl.sum(do.to(tl.float32) * result.to(tl.float32), 1)
@@ -98,7 +108,7 @@ def chunk_query_backward_kernel(
         ds = tl.dot(o, tl.trans(do), input_precision=PRECISION) - held[:, None] * inner[None, :]
         for before in tl.range(0, tile + 1, num_stages=1):
             at = start - before * TOKENS
-            k, weight, present = load_keys(key, key_bias, key_quadratic, at, key_row, row, n - at, D, D_PADDED)
+            k, weight, present = load_keys(key, key_bias, key_quadratic, at, key_row, row, end - at, D, D_PADDED)
             features = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E - reference[:, None]
             features = tl.exp2(features + weight[None, :]).to(PRODUCT)
             v = load_rows(value + tl.cast(at, tl.int64) * value_row, row, value_row, present, E, E_PADDED)

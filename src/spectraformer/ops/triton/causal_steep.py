@@ -14,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.causal_tiles import SIZES, SUDDEN, finite, load_keys, load_steepest, log_sum_exp, positive
+from spectraformer.ops.triton.causal_tiles import (
+    SIZES,
+    SUDDEN,
+    finite,
+    load_keys,
+    load_steepest,
+    locate_sequence,
+    log_sum_exp,
+    positive,
+)
 from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
 
 
@@ -34,26 +43,29 @@ def logits_of(x, landmark):
 @triton.jit(do_not_specialize=SIZES)
 def steep_output_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+    boundaries,  # (sequences + 1,): sequences are packed into one batch item; or None
     entering_mean,  # (b h, chunks, m, e)
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
-    steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
+    log_sum,  # (b h, chunks + sequences, m) float32, units of log 2
+    steepest,  # (b h, chunks + sequences, row blocks) float32, units of log 2
     out,  # (b h g, n, e)
     query_log_sum,  # (b h g, n) float32, units of log 2, or None
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head, landmark_bias_batch,
     landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head, heads, groups, n,
-    chunks, spread,
+    chunks, sequences, spread,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr, QUERIES: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Every spread-th chunk of one query head."""
+    """Every spread-th chunk of one query head of a sequence."""
     program = tl.program_id(0)
     group = tl.cast(program % groups, tl.int64)
     part = (program // groups) % spread
-    flat = tl.cast(program // (groups * spread), tl.int64)
-    steepest += flat * (chunks + 1) * ROW_BLOCKS
-    if load_steepest(steepest + chunks * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
+    flat, _sequence, begin, end, count, first_place, first_row = locate_sequence(
+        program // (groups * spread), boundaries, n, chunks, sequences, TOKENS
+    )  # fmt: skip
+    steepest += first_row * ROW_BLOCKS
+    if load_steepest(steepest + count * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
         return
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + (head * groups + group) * query_head
@@ -67,9 +79,9 @@ def steep_output_kernel(
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
     row, row_q = tl.arange(0, TOKENS), tl.arange(0, QUERIES)
-    for chunk in range(part, chunks, spread):
+    for chunk in range(part, count, spread):
         steep = load_steepest(steepest + chunk * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) > SUDDEN
-        start, place = chunk * TOKENS, flat * chunks + chunk
+        start, place = begin + chunk * TOKENS, first_place + chunk
         for skip in range(0, tl.where(steep, TOKENS, 0), QUERIES):
             first = start + skip
             offset = tl.cast(first, tl.int64)
@@ -80,13 +92,13 @@ def steep_output_kernel(
             scores = tl.zeros((QUERIES, TOKENS), tl.float32)
             for landmark in range(M):
                 k, weight, _present = load_keys(
-                    key, key_bias, key_quadratic, start, key_row, row, n - start, D, D_PADDED
+                    key, key_bias, key_quadratic, start, key_row, row, end - start, D, D_PADDED
                 )
                 of_keys = logits_of(k, load_vector(key_landmarks + landmark * D, D, D_PADDED)) + weight
-                q = load_tile(query + offset * query_row, row_q, query_row, n - first, D, D_PADDED)
+                q = load_tile(query + offset * query_row, row_q, query_row, end - first, D, D_PADDED)
                 of_queries = logits_of(q, load_vector(query_landmarks + landmark * D, D, D_PADDED))
                 of_queries += tl.load(landmark_bias + landmark) * LOG2_E
-                past = of_queries + tl.load(log_sum + (place + flat) * M + landmark)
+                past = of_queries + tl.load(log_sum + (first_row + chunk) * M + landmark)
                 pairs = tl.where(visible, of_queries[:, None] + of_keys[None, :], float("-inf"))
                 higher = tl.maximum(tl.maximum(top, past), tl.max(pairs, 1))
                 shrink, p = tl.exp2(top - finite(higher)), tl.exp2(past - finite(higher))
@@ -96,12 +108,12 @@ def steep_output_kernel(
                 scores = scores * shrink[:, None] + tl.exp2(pairs - finite(higher)[:, None])
                 top = higher
             _key, _weight, present = load_keys(
-                key, key_bias, key_quadratic, start, key_row, row, n - start, D, D_PADDED
+                key, key_bias, key_quadratic, start, key_row, row, end - start, D, D_PADDED
             )  # fmt: skip
             v = load_rows(value + tl.cast(start, tl.int64) * value_row, row, value_row, present, E, E_PADDED)
             mass += tl.sum(scores, 1)
             mean += tl.dot(scores.to(PRODUCT), v.to(PRODUCT), input_precision=PRECISION)
             at = (flat * groups + group) * n + first
-            store_tile(out + at * E, row_q, E, n - first, mean * (1.0 / positive(mass))[:, None], E, E_PADDED)
+            store_tile(out + at * E, row_q, E, end - first, mean * (1.0 / positive(mass))[:, None], E, E_PADDED)
             if query_log_sum is not None:
-                tl.store(query_log_sum + at + row_q, log_sum_exp(finite(top), mass), mask=row_q < n - first)
+                tl.store(query_log_sum + at + row_q, log_sum_exp(finite(top), mass), mask=row_q < end - first)

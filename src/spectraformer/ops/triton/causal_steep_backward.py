@@ -18,6 +18,7 @@ from spectraformer.ops.triton.causal_tiles import (
     load_keys,
     load_normaliser,
     load_steepest,
+    locate_sequence,
     suffix_reference,
 )
 from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
@@ -26,9 +27,10 @@ from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_t
 @triton.jit(do_not_specialize=SIZES)
 def steep_query_backward_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+    boundaries,  # (sequences + 1,): sequences are packed into one batch item; or None
     entering_mean,  # (b h, chunks, m, e)
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
-    steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
+    log_sum,  # (b h, chunks + sequences, m) float32, units of log 2
+    steepest,  # (b h, chunks + sequences, row blocks) float32, units of log 2
     grad,  # (b, h g, n, e)
     query_log_sum,  # (b h g, n) float32, units of log 2
     delta,  # (b h g, n) float32
@@ -38,18 +40,20 @@ def steep_query_backward_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
     grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
     landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
-    heads, groups, n, chunks, spread,
+    heads, groups, n, chunks, sequences, spread,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, TILES: tl.constexpr, ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Every spread-th chunk of one query head."""
+    """Every spread-th chunk of one query head of a sequence."""
     program = tl.program_id(0)
     group = tl.cast(program % groups, tl.int64)
     part = (program // groups) % spread
-    flat = tl.cast(program // (groups * spread), tl.int64)
-    steepest += flat * (chunks + 1) * ROW_BLOCKS
-    if load_steepest(steepest + chunks * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
+    flat, _sequence, begin, end, count, first_place, first_row = locate_sequence(
+        program // (groups * spread), boundaries, n, chunks, sequences, TOKENS
+    )  # fmt: skip
+    steepest += first_row * ROW_BLOCKS
+    if load_steepest(steepest + count * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
         return
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + (head * groups + group) * query_head
@@ -64,10 +68,10 @@ def steep_query_backward_kernel(
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
     row = tl.arange(0, TOKENS)
-    for chunk in range(part, chunks, spread):
+    for chunk in range(part, count, spread):
         if load_steepest(steepest + chunk * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) > SUDDEN:
-            start, place = chunk * TOKENS, flat * chunks + chunk
-            offset, rows = tl.cast(start, tl.int64), n - start
+            start, place = begin + chunk * TOKENS, first_place + chunk
+            offset, rows = tl.cast(start, tl.int64), end - start
             token = (flat * groups + group) * n + start
             piece = (place * groups + group) * TILES * M
             k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
@@ -86,7 +90,7 @@ def steep_query_backward_kernel(
                 # Added up in the order of the forward, whose rounding the log-sums have.
                 p = of_queries[:, None] + of_keys[None, :] - normaliser[:, None]
                 p = tl.exp2(tl.where(row[None, :] <= row[:, None], p, float("-inf")))
-                past = of_queries + tl.load(log_sum + (place + flat) * M + landmark)
+                past = of_queries + tl.load(log_sum + (first_row + chunk) * M + landmark)
                 past = tl.exp2(past - normaliser)
                 ds = tl.sum(p * pairs, 1)
                 ds += past * (tl.sum(do.to(tl.float32) * o[None, :], 1) - inner)
@@ -104,9 +108,10 @@ def steep_query_backward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def steep_key_backward_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2
+    boundaries,  # (sequences + 1,): sequences are packed into one batch item; or None
+    log_sum,  # (b h, chunks + sequences, m) float32, units of log 2
     first,  # (b h, chunks, m) float32, units of log 2
-    steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2
+    steepest,  # (b h, chunks + sequences, row blocks) float32, units of log 2
     grad,  # (b, h g, n, e)
     query_log_sum,  # (b h g, n) float32, units of log 2
     delta,  # (b h g, n) float32
@@ -120,17 +125,19 @@ def steep_key_backward_kernel(
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row, grad_batch,
     grad_head, grad_row, query_landmarks_batch, query_landmarks_head, key_landmarks_batch, key_landmarks_head,
     landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch, key_quadratic_head,
-    heads, groups, n, chunks, spread,
+    heads, groups, n, chunks, sequences, spread,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, TILES: tl.constexpr, ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Every spread-th chunk of one key head, keys along the rows."""
+    """Every spread-th chunk of one key head of a sequence, keys along the rows."""
     program = tl.program_id(0)
     part = program % spread
-    flat = tl.cast(program // spread, tl.int64)
-    steepest += flat * (chunks + 1) * ROW_BLOCKS
-    if load_steepest(steepest + chunks * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
+    flat, _sequence, begin, end, count, first_place, first_row = locate_sequence(
+        program // spread, boundaries, n, chunks, sequences, TOKENS
+    )  # fmt: skip
+    steepest += first_row * ROW_BLOCKS
+    if load_steepest(steepest + count * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) <= SUDDEN:
         return
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + head * groups * query_head
@@ -145,10 +152,10 @@ def steep_key_backward_kernel(
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
     row = tl.arange(0, TOKENS)
-    for chunk in range(part, chunks, spread):
+    for chunk in range(part, count, spread):
         if load_steepest(steepest + chunk * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) > SUDDEN:
-            start, place = chunk * TOKENS, flat * chunks + chunk
-            offset, rows = tl.cast(start, tl.int64), n - start
+            start, place = begin + chunk * TOKENS, first_place + chunk
+            offset, rows = tl.cast(start, tl.int64), end - start
             token = flat * n + start
             k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D, D_PADDED)
             v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED).to(PRODUCT)
@@ -158,9 +165,9 @@ def steep_key_backward_kernel(
             for landmark in range(M):
                 w = load_vector(key_landmarks + landmark * D, D, D_PADDED)
                 of_keys = logits_of(k, w) + weight
-                before = tl.load(log_sum + (place + flat) * M + landmark)
+                before = tl.load(log_sum + (first_row + chunk) * M + landmark)
                 before = tl.where(before == float("-inf"), tl.load(first + place * M + landmark), before)
-                after = tl.load(log_sum + (place + flat + 1) * M + landmark)
+                after = tl.load(log_sum + (first_row + chunk + 1) * M + landmark)
                 feature = tl.exp2(of_keys - suffix_reference(before, after))
                 left = load_vector(suffix_value + (place * M + landmark) * E, E, E_PADDED)
                 left_delta = tl.load(suffix_delta + place * M + landmark)

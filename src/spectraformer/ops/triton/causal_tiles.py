@@ -8,10 +8,12 @@ Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks,
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_key_bias, load_rows
+from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_key_bias, load_rows, sequence_bounds
 
 # Sizes that must not compile a kernel anew when they change.
-SIZES = ("heads", "groups", "n", "chunks", "pieces", "span", "spread", "query_heads", "key_heads", "of_queries")
+SIZES = (
+    "heads", "groups", "n", "chunks", "pieces", "span", "spread", "query_heads", "key_heads", "of_queries", "sequences",
+)  # fmt: skip
 LN_2 = tl.constexpr(0.6931471805599453)
 # In units of log 2. Features of queries lose what is below 2^-126, so a sum of m c terms, itself at least 1, loses at
 # most m c 2^(90 - 126) < 2^-21; and sums of values stay finite up to values of 2^20.
@@ -49,6 +51,60 @@ def log2(x):
 def log_sum_exp(top, total):
     """Units of log 2; -inf where there is nothing."""
     return tl.where(total == 0.0, float("-inf"), top + log2(positive(total)))
+
+
+@triton.jit
+def sequence_chunks(boundaries, sequence, n, chunks, CHUNK: tl.constexpr):
+    """First token, end, first chunk and number of chunks of a packed sequence; without boundaries of all tokens.
+
+    Sequence i has its chunks from its first token / CHUNK + i on. The next begins no earlier than they end.
+    """
+    begin = 0
+    end = n
+    first = 0
+    count = chunks
+    if boundaries is not None:
+        at, length = sequence_bounds(boundaries, sequence, n)
+        begin = at.to(tl.int32)
+        end = begin + length
+        first = begin // CHUNK + sequence
+        count = tl.cdiv(length, CHUNK)
+    return begin, end, first, count
+
+
+@triton.jit
+def locate_sequence(program, boundaries, n, chunks, sequences, CHUNK: tl.constexpr):
+    """Of a program for a head and sequence: both, first token, end, number of chunks, and where its chunks begin.
+
+    The last as rows of states, (b h, chunks), and of log-sum-exps, (b h, chunks + sequences).
+    """
+    flat, sequence = tl.cast(program // sequences, tl.int64), program % sequences
+    begin, end, first, count = sequence_chunks(boundaries, sequence, n, chunks, CHUNK)
+    place = flat * chunks + first
+    return flat, sequence, begin, end, count, place, place + flat * sequences + sequence
+
+
+@triton.jit
+def chunk_tokens(boundaries, chunk_sequence, chunk, n, chunks, sequences, CHUNK: tl.constexpr):
+    """First token of a chunk, end of its sequence (the same if it has no tokens), and which sequence that is."""
+    start = chunk * CHUNK
+    end = n
+    sequence = 0
+    if boundaries is not None:
+        # Chunks of no sequence hold anything here.
+        sequence = tl.load(chunk_sequence + chunk)
+        sequence = tl.where((sequence >= 0) & (sequence < sequences), sequence, 0)
+        begin, end, first, count = sequence_chunks(boundaries, sequence, n, chunks, CHUNK)
+        inside = (chunk >= first) & (chunk < first + count)
+        start = tl.where(inside, begin + (chunk - first) * CHUNK, end)
+    return start, end, sequence
+
+
+@triton.jit
+def store_zeros(pointer, SIZE: tl.constexpr):
+    """One row of float32."""
+    column = tl.arange(0, triton.next_power_of_2(SIZE))
+    tl.store(pointer + column, tl.zeros((triton.next_power_of_2(SIZE),), tl.float32), mask=column < SIZE)
 
 
 @triton.jit
