@@ -218,6 +218,37 @@ def test_operators_are_what_their_fakes_say_and_compile_without_a_break():
         assert ((x - y).norm() / y.norm()).item() < 2e-2
 
 
+def test_compilers_take_the_kernels():
+    q, k, v = (torch.randn(1, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    ends = torch.tensor([0, 100, 300], device="cuda", dtype=torch.int32)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+
+    def operators_of(run, *tensors):
+        graphs = []
+
+        def keep(graph, _):
+            graphs.append(graph)
+            return graph.forward
+
+        torch.compile(run, fullgraph=True, backend=keep)(*tensors)
+        names = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+        return {name.removeprefix("spectraformer.") for name in names if "spectraformer." in name}
+
+    for component, expected in (("posrf", "landmark_attention"), ("trigrf", "trigonometric_attention")):
+        feature_map = sf.FeatureMap(64, 128, component, device="cuda")
+        assert operators_of(lambda *x, f=feature_map: sf.random_feature_attention(*x, f), q, k, v) == {expected}
+    feature_map = sf.FeatureMap(64, 128, "posrf", device="cuda")
+    for is_causal, expected in ((False, "landmark_attention"), (True, "causal_landmark_attention")):
+        found = [
+            operators_of(lambda *x, c=is_causal: sf.random_feature_attention(*x, feature_map, is_causal=c), q, k, v),
+            operators_of(
+                lambda *x, c=is_causal: sf.packed_random_feature_attention(*x, feature_map, ends, 200, is_causal=c),
+                *packed,
+            ),
+        ]
+        assert found == [{expected}] * 2
+
+
 def test_sizes_beyond_32_bits():
     """2.2e9 elements a tensor: an index of 32 bits would wrap."""
     if torch.cuda.mem_get_info()[0] < 40e9:

@@ -17,11 +17,11 @@ CASES = {  # b, h, g, n, s, d, e, m, and what else is special
     "d 128, m 256": (1, 2, 1, 300, 500, 128, 128, 256, {}),
     "d 32": (2, 2, 1, 500, 700, 32, 32, 128, {}),
     "odd sizes": (2, 1, 3, 129, 333, 40, 72, 100, {"transposed": True, "shared": False}),
-    "narrow values": (1, 2, 1, 300, 500, 96, 16, 48, {"bias": False}),
+    "narrow values": (1, 2, 1, 300, 500, 96, 16, 160, {"bias": False}),
     "negative weights, keys removed": (1, 2, 1, 300, 700, 64, 64, 128, {"signed": True, "removed": slice(350, None)}),
 }
-# Of the output and of gradients, in norm; terms of sums cancel.
-BOUNDS = {torch.bfloat16: (4e-3, 1e-2), torch.float16: (1e-3, 2e-3), torch.float32: (2e-5, 1e-4)}
+# Of the output and of gradients, in norm, where denominators are a hundredth of their terms or more.
+BOUNDS = {torch.bfloat16: (4e-3, 1e-2), torch.float16: (2e-3, 1e-2), torch.float32: (2e-5, 1e-4)}
 
 
 @pytest.mark.parametrize(("dtype", "case"), list(itertools.product(BOUNDS, CASES)), ids=str)

@@ -38,9 +38,9 @@ def packed_random_feature_attention(
     """:func:`spectraformer.random_feature_attention` of every sequence of a packed batch on its own.
 
     Sequence i is the tokens from ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, as in the packed form of other
-    attentions. The fused kernels of positive features read packed tokens as they are. All others, features that
-    translate tokens or map them by a matrix fitted to each sequence, and ``torch.compile``, take sequences side by side
-    with padding, which is exact: time and memory are those of b sequences of the longest.
+    attentions. The fused kernels of positive features read packed tokens as they are. All others, and features that
+    translate tokens or map them by a matrix fitted to each sequence, take sequences side by side with padding, which is
+    exact: time and memory are those of b sequences of the longest.
     Nothing waits for a GPU, and a captured graph may be replayed with other boundaries.
 
     Args:
@@ -129,8 +129,7 @@ def _unpadded(
     component = feature_map.component
     check_query_key(q, k, feature_map.head_dim, enable_gqa)
     check_value(k, v)
-    # Compiled by torch 2.11 the kernels left a sequence out, on a GPU alone.
-    if component.trigonometric or not feature_map.positive or torch.compiler.is_compiling():
+    if component.trigonometric or not feature_map.positive:
         return False
     if ops.choose_backend(backend, q, k, v, is_causal=is_causal) != "triton":
         return False

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# torch 2.6 cannot tell export from compilation; there both count as export.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+def is_exporting() -> bool:
+    """Whether a graph is traced to be taken elsewhere, not to be compiled for here."""
+    # Compilers before torch 2.13 take torch.compiler.is_exporting() for true, but read what it returns as it is.
+    # torch 2.6 cannot tell export from compilation; there both count as export.
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_compiling() if flag is None else flag
 
 
 def is_recomputing() -> bool:
