@@ -9,6 +9,7 @@ the first call.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,21 +35,25 @@ PRECISIONS = ("tf32x3", "ieee")
 def refusals(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why the kernels cannot take these tensors; empty if they can."""
     reasons = []
-    # Triton's interpreter, which tests use, runs kernels on the CPU.
-    if query.device.type != "cuda" and not INTERPRETED:
-        reasons.append(f"tensors are on {query.device}, not on a CUDA device")
-    elif query.device.type == "cuda" and _capability(query.device)[0] not in CAPABILITIES:
-        found = ".".join(map(str, _capability(query.device)))
-        reasons.append(f"the GPU has compute capability {found}; tiles are chosen for the shared memory of 9 and 10")
+    device = query.device
+    if device.type == "cuda":
+        capability = _capability(device)
+        if capability[0] not in CAPABILITIES:
+            found = ".".join(map(str, capability))
+            reasons.append(
+                f"the GPU has compute capability {found}; tiles are chosen for the shared memory of 9 and 10"
+            )
+    elif not INTERPRETED:  # Triton's interpreter, which tests use, runs kernels on the CPU
+        reasons.append(f"tensors are on {device}, not on a CUDA device")
     if not INSTALLED:
         reasons.append("Triton is not installed")
     if is_exporting():
         reasons.append("the graph is being exported, and kernels would tie it to this device")
     dtypes = {query.dtype, key.dtype, value.dtype}
-    if len(dtypes) > 1 and autocast_dtype(query.device) is None:
+    if len(dtypes) > 1 and autocast_dtype(device) is None:
         reasons.append(f"query, key and value have different dtypes {sorted(map(str, dtypes))}")
-    elif not dtypes <= set(DTYPES):
-        wrong = ", ".join(sorted(str(x) for x in dtypes - set(DTYPES)))
+    elif not dtypes.issubset(DTYPES):
+        wrong = ", ".join(sorted(str(x) for x in dtypes.difference(DTYPES)))
         reasons.append(f"dtype {wrong} is none of {', '.join(map(str, DTYPES))}")
     d, e = key.shape[-1], value.shape[-1]
     if max(d, e) > MAX_HEAD_DIM:
@@ -121,15 +126,21 @@ def landmark_attention(
         if torch.compiler.is_compiling():
             # The compiler takes no tensor twice, and both sides may see the same landmarks.
             operands = [None if x is None else x.view_as(x) for x in operands]
-        out: Tensor = _LandmarkAttention.apply(*operands, precision, *packing)
+        out: Tensor = _LandmarkAttention.apply(*operands, *packing[:2], (precision, *packing[2:]))
         return out
     if not is_plain(*operands, *packing[:2]):
         forward: Tensor = torch.ops.spectraformer.landmark_attention(*operands, False, precision, *packing)[0]
         return forward
-    from spectraformer.ops.triton.launch import planned
-
-    output: Tensor = planned(_plan_output, (*operands, *packing[:2]), (precision, *packing[2:]))[0]
+    output: Tensor = launching().planned(_plan_output, (*operands, *packing[:2]), (precision, *packing[2:]))[0]
     return output if sequences is None else heads_first(output)
+
+
+@cache
+def launching() -> Any:
+    """The module that launches kernels and imports Triton; to import it at each call would take half an allocation."""
+    from spectraformer.ops.triton import launch
+
+    return launch
 
 
 NOT_PACKED = (None, None, 0, 0)
@@ -170,29 +181,32 @@ OPERANDS = (
 )
 PACKING = "Tensor? query_boundaries=None, Tensor? key_boundaries=None, SymInt longest_query=0, SymInt longest_key=0"
 LIBRARY = torch.library.Library("spectraformer", "FRAGMENT")
+LIBRARY.define(f"landmark_attention({OPERANDS}, bool needs_backward, str precision, {PACKING}) -> (Tensor, Tensor)")
 LIBRARY.define(
-    f"landmark_attention({OPERANDS}, bool needs_backward, str precision, {PACKING}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"landmark_attention_backward(Tensor grad, {OPERANDS}, Tensor out, Tensor landmark_value, Tensor log_sum, "
-    f"Tensor query_log_sum, bool[] wanted, str precision, {PACKING}) -> Tensor[]"
+    f"landmark_attention_backward(Tensor grad, {OPERANDS}, Tensor out, Tensor kept, bool[] wanted, str precision, "
+    f"{PACKING}) -> Tensor[]"
 )
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    from spectraformer.ops.triton.launch import planned
-
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *boundaries, longest_query, longest_key = completed(arguments[10:])
-    settings = (*arguments[8:10], longest_query, longest_key)
-    out, *others = planned(_plan_forward, (*arguments[:8], *boundaries), settings)
-    return out if boundaries[0] is None else heads_first(out), *others
+    return _attend((*arguments[:8], *boundaries), (*arguments[8:10], longest_query, longest_key))
+
+
+def _attend(tensors: Sequence[Tensor | None], settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The output, and in one allocation what else the backward needs."""
+    out, kept = launching().planned(_plan_forward, tensors, settings)
+    return out if tensors[8] is None else heads_first(out), kept
 
 
 def _plan_forward(operands: Any, needs_backward: bool, precision: str, *longest: int) -> Any:
     from spectraformer.ops.triton.forward import plan_forward
 
     sequences = sequences_of(operands[8:], longest)
-    return plan_forward(*operands[:8], needs_backward=needs_backward, precision=precision, sequences=sequences)
+    launches, (out, *others) = plan_forward(
+        *operands[:8], needs_backward=needs_backward, precision=precision, sequences=sequences
+    )
+    return launches, (out, tuple(others) if needs_backward else out.new_empty(0, dtype=torch.float32))
 
 
 def _plan_output(operands: Any, precision: str, *longest: int) -> Any:
@@ -201,61 +215,69 @@ def _plan_output(operands: Any, precision: str, *longest: int) -> Any:
     return launches, results[:1]
 
 
-def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _kept_sizes(query: Tensor, key: Tensor, boundaries: Tensor | None) -> tuple[int, int]:
+    """Pairs of a sequence and a key head, whose landmarks have a state each, and of a batch item and a query head."""
+    count = key.shape[0] if boundaries is None else len(boundaries) - 1
+    return count * key.shape[1], query.shape[0] * query.shape[1]
+
+
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     from spectraformer.ops.triton.configurations import choose
 
     query, key, value, query_landmarks, *_ = arguments
     needs_backward, boundaries = arguments[8], completed(arguments[10:])[0]
-    (b, h), e, m = key.shape[:2], value.shape[-1], query_landmarks.shape[-2]
-    rows, (heads, n) = b * query.shape[1], query.shape[1:3]
-    out = query.new_empty(b, heads, n, e)
-    if boundaries is not None:
-        b, rows, out = len(boundaries) - 1, heads, heads_first(query.new_empty(n, heads, e))
+    (b, heads, n, _), e, m = query.shape, value.shape[-1], query_landmarks.shape[-2]
+    out = query.new_empty(b, heads, n, e) if boundaries is None else heads_first(query.new_empty(n, heads, e))
     block = choose("keys", key.dtype, max(key.shape[-1], e), m).landmarks
-    padded = -(-m // block) * block
-    floats = {"dtype": torch.float32}
-    return (
-        out,
-        query.new_empty(b * h, padded, e, **floats),
-        query.new_empty(b * h, padded, **floats),
-        query.new_empty(rows, n, **floats) if needs_backward else query.new_empty(0, **floats),
-    )
+    states, rows = _kept_sizes(query, key, boundaries)
+    kept = states * -(-m // block) * block * (e + 1) + rows * n
+    return out, query.new_empty(kept if needs_backward else 0, dtype=torch.float32)
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
+    wanted, precision, *packing = arguments[11:]
+    *boundaries, longest_query, longest_key = completed(tuple(packing))
+    return _differentiate((*arguments[:11], *boundaries), tuple(wanted), (precision, longest_query, longest_key))
+
+
+def _differentiate(tensors: tuple[Any, ...], wanted: tuple[bool, ...], settings: tuple[Any, ...]) -> list[Tensor]:
     """Gradients of query, key and value, then of those of the five other operands that are given and wanted."""
-    from spectraformer.ops.triton.launch import planned
-
-    operands, (wanted, precision) = list(arguments[:13]), arguments[13:15]
-    *boundaries, longest_query, longest_key = completed(arguments[15:])
-    if boundaries[0] is not None:
-        operands[9] = operands[9].transpose(1, 2).contiguous()  # as the forward made it, whatever became of it
-    settings = (*wanted, precision, longest_query, longest_key)
-    query, key, value, *found = planned(_plan_backward, (*operands, *boundaries), settings)
-
-    def summed(x: Tensor, like: Tensor, *, pieces: bool) -> Tensor:
-        if pieces and like.ndim == 4:
-            x = x[..., : like.shape[2], :]
-        dimensions = [i for i in range(2) if like.shape[i] == 1 and x.shape[i] > 1] + ([2] if pieces else [])
-        return x.sum(dimensions).reshape(like.shape) if dimensions else x
-
-    in_pieces = (True, True, False, False, True)
-    others = zip(found, operands[4:9], in_pieces, wanted, strict=True)
-    if boundaries[0] is not None:
+    packed = tensors[11] is not None
+    if packed:  # the output as the forward made it, whatever became of it
+        tensors = (*tensors[:9], tensors[9].transpose(1, 2).contiguous(), *tensors[10:])
+    query, key, value, *found = launching().planned(_plan_backward, tensors, (wanted, *settings))
+    if packed:
         query, key, value = (heads_first(x) for x in (query, key, value))
-    return [query, key, value, *[summed(x, y, pieces=p) for x, y, p, w in others if w and y is not None]]
+    if True not in wanted:
+        return [query, key, value]
+    in_pieces = (True, True, False, False, True)
+    others = zip(found, tensors[4:9], in_pieces, wanted, strict=True)
+    return [query, key, value, *[_summed(x, y, pieces=p) for x, y, p, w in others if w and y is not None]]
 
 
-def _plan_backward(operands: Any, *settings: Any) -> Any:
+def _summed(x: Tensor, like: Tensor, *, pieces: bool) -> Tensor:
+    """Gradients of one operand, summed over pieces of the tokens and over what the operand serves."""
+    if pieces and like.ndim == 4:
+        x = x[..., : like.shape[2], :]
+    dimensions = [i for i in range(2) if like.shape[i] == 1 and x.shape[i] > 1] + ([2] if pieces else [])
+    return x.sum(dimensions).reshape(like.shape) if dimensions else x
+
+
+def _plan_backward(operands: Any, wanted: tuple[bool, ...], precision: str, *longest: int) -> Any:
     from spectraformer.ops.triton.backward import Wanted, plan_backward
+    from spectraformer.ops.triton.launch import pieces
 
-    *wanted, precision, longest_query, longest_key = settings
-    sequences = sequences_of(operands[13:], (longest_query, longest_key))
-    return plan_backward(*operands[:13], wanted=Wanted(*wanted), precision=precision, sequences=sequences)
+    sequences = sequences_of(operands[11:], longest)
+    (_, query, key, value), kept = operands[:4], operands[10]
+    (states, rows), n, e = _kept_sizes(query, key, operands[11]), query.shape[2], value.shape[-1]
+    # As the forward returned them: rows of landmarks are padded to a multiple of 16, so that nothing lies between.
+    padded = (kept.numel() - rows * n) // (states * (e + 1))
+    others = pieces(kept, ((states, padded, e), (states, padded), (rows, n)))
+    return plan_backward(*operands[:10], *others, wanted=Wanted(*wanted), precision=precision, sequences=sequences)
 
 
 def _backward_shapes(*arguments: Any) -> list[Tensor]:
-    operands, wanted, boundaries = arguments[1:9], arguments[13], completed(arguments[15:])[0]
+    operands, wanted, boundaries = arguments[1:9], arguments[11], completed(arguments[13:])[0]
     others = [x for x, w in zip(operands[3:], wanted, strict=True) if w and x is not None]
     tokens = [x.new_empty(x.shape) for x in operands[:3]]
     if boundaries is not None:
@@ -276,24 +298,44 @@ for _name, _run, _shapes in (
 
 
 class _LandmarkAttention(torch.autograd.Function):
+    """Of operands, boundaries, and (precision, longest query, longest key)."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        operands, precision, packing = arguments[:8], arguments[8], arguments[9:]
-        run = _forward if is_plain(*operands, *packing[:2]) else torch.ops.spectraformer.landmark_attention
-        results = run(*operands, True, precision, *packing)
-        ctx.save_for_backward(*operands, *results, *packing[:2])
-        ctx.precision, ctx.longest = precision, packing[2:]
-        out: Tensor = results[0]
+        *tensors, settings = arguments
+        if is_plain(*tensors):
+            out, kept = _attend(tensors, (True, *settings))
+        else:
+            precision, *longest = settings
+            out, kept = torch.ops.spectraformer.landmark_attention(
+                *tensors[:8], True, precision, *tensors[8:], *longest
+            )
+        ctx.save_for_backward(*tensors[:8], out, kept, *tensors[8:])
+        ctx.settings = settings
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs, tensors = ctx.needs_input_grad, (with_unit_stride(grad), *ctx.saved_tensors)
-        run = _backward if is_plain(*tensors) else torch.ops.spectraformer.landmark_attention_backward
-        found = run(*tensors[:-2], needs[3:8], ctx.precision, *tensors[-2:], *ctx.longest)
-        others = iter(found[3:])
-        return (*found[:3], *(next(others) if need else None for need in needs[3:8]), *[None] * 5)
+        # Gradients are recorded here only with create_graph: then the results say that there is no second derivative.
+        return _gradients_once(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, wanted = (with_unit_stride(grad), *ctx.saved_tensors), ctx.needs_input_grad[3:8]
+    if is_plain(*tensors):
+        query, key, value, *found = _differentiate(tensors, wanted, ctx.settings)
+    else:
+        precision, *longest = ctx.settings
+        query, key, value, *found = torch.ops.spectraformer.landmark_attention_backward(
+            *tensors[:11], wanted, precision, *tensors[11:], *longest
+        )
+    others = iter(found)
+    of_others = [next(others) if need else None for need in wanted] if found else NO_GRADIENTS
+    return query, key, value, *of_others, None, None, None
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
+NO_GRADIENTS = [None] * 5
 
 
 if _file := os.environ.get("SPECTRAFORMER_TRITON_CONFIGURATIONS"):  # what `spectraformer bench tune` wrote

@@ -72,24 +72,26 @@ def sequence_moments(
     if precision not in kernels.PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {kernels.PRECISIONS}")
     packing = kernels.packing_of(sequences)
-    arguments = query, key, query_mask, key_mask, root, order, precision, *packing
-    if is_plain(*arguments[:4], *packing[:2]):
-        return _run(*arguments)
+    tensors = query, key, query_mask, key_mask
+    if is_plain(*tensors, *packing[:2]):
+        return _sum((*tensors, *packing[:2]), (root, order, precision, *packing[2:]))
     with torch.no_grad():
-        found: tuple[Tensor, Tensor] = torch.ops.spectraformer.sequence_moments(*arguments)
+        found: tuple[Tensor, Tensor] = torch.ops.spectraformer.sequence_moments(
+            *tensors, root, order, precision, *packing
+        )
     return found
 
 
-def _run(
-    query: Tensor, key: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor]:
-    from spectraformer.ops.triton.launch import planned
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *boundaries, longest_query, longest_key = kernels.completed(arguments[7:])
+    return _sum((*arguments[:4], *boundaries), (*arguments[4:7], longest_query, longest_key))
 
+
+def _sum(tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    query, key, *masks, query_boundaries, key_boundaries = tensors
     query, key = kernels.with_unit_stride(query), kernels.with_unit_stride(key)
-    masks = (None if x is None else x.view(torch.uint8) for x in (query_mask, key_mask))
-    *boundaries, longest_query, longest_key = kernels.completed(settings[3:])
-    operands = (query, key, *masks, *boundaries)
-    mean, second = planned(_plan, operands, (*settings[:3], longest_query, longest_key))
+    masks = [None if x is None else x.view(torch.uint8) for x in masks]
+    mean, second = kernels.launching().planned(_plan, (query, key, *masks, query_boundaries, key_boundaries), settings)
     return mean, second
 
 

@@ -36,9 +36,7 @@ def optimal_landmarks(*operands: Tensor) -> tuple[Tensor, Tensor]:  # (b, p, m, 
 
     with :func:`~spectraformer.components.statistics.optimal_rho`.
     """
-    from spectraformer.ops.triton.launch import planned
-
-    landmarks, bias = planned(_plan, operands, ())
+    landmarks, bias = kernels.launching().planned(_plan, operands, ())
     return landmarks, bias
 
 
