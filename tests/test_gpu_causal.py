@@ -28,6 +28,7 @@ CASES = {
     "value dim 32 beside head dim 128": (BFLOAT, 1, 2, 1, 300, 128, 32, 64, {"state": True}),
     "value dim 16 beside head dim 256": (BFLOAT, 1, 1, 1, 200, 256, 16, 64, {}),
     "d 16, m 1000": (BFLOAT, 1, 1, 2, 300, 16, 16, 1000, {}),
+    "d 16, m 64": (BFLOAT, 2, 2, 1, 500, 16, 16, 64, {}),
     "float16, d 16": (HALF, 2, 2, 1, 500, 16, 16, 64, {}),
     "float16": (HALF, 2, 2, 1, 700, 64, 64, 128, {"std": 2.0}),
     "float16, odd sizes": (HALF, 1, 1, 2, 100, 32, 64, 70, {"state": True}),

@@ -18,6 +18,7 @@ from spectraformer.ops.triton.causal_plan import (
     SCAN_WARPS,
     STEEP_WARPS,
     Given,
+    columns_of,
     compile_time,
     configuration,
     cut,
@@ -30,7 +31,7 @@ from spectraformer.ops.triton.causal_query_backward import chunk_query_backward_
 from spectraformer.ops.triton.causal_scan import reverse_scan_kernel
 from spectraformer.ops.triton.causal_steep_backward import steep_key_backward_kernel, steep_query_backward_kernel
 from spectraformer.ops.triton.configurations import Configuration, split
-from spectraformer.ops.triton.launch import Launch, padded_dim, strides
+from spectraformer.ops.triton.launch import Launch, strides
 
 # Up to this head and value dim one kernel finds gradients of keys and of values.
 JOINT_DIM = 64
@@ -253,7 +254,7 @@ def _of_landmarks(
     fixed = {
         "M": m,
         "D": d,
-        "D_PADDED": padded_dim(d),
+        "D_PADDED": columns_of(d, tokens.dtype),
         "BLOCKS": blocks,
         "LANDMARKS": chosen.landmarks,
         "TOKENS": chosen.tokens,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_chunks import chunk_sequence_kernel, chunk_state_kernel, round_kernel
-from spectraformer.ops.triton.causal_configurations import PASSES, choose
+from spectraformer.ops.triton.causal_configurations import PASSES, choose, choose_stretches
 from spectraformer.ops.triton.causal_forward import chunk_output_kernel
 from spectraformer.ops.triton.causal_scan import scan_kernel
 from spectraformer.ops.triton.causal_steep import steep_output_kernel
@@ -23,8 +23,8 @@ from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strid
 
 # Elements of a tile of a scan, 8 a thread; chunks it loads ahead.
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 1024, 4, 6
-# Columns of the narrowest tile of values in 16 bits.
-NARROWEST_VALUES = 32
+# Columns of the narrowest tile of tokens in 16 bits.
+NARROWEST = 32
 # Chunks of a sequence that are numbered at once.
 NUMBERED = 128
 # Programs of a head that look for steep chunks, and the tile of queries they work on.
@@ -109,15 +109,23 @@ def launch_of(
     )
 
 
+def columns_of(size: int, dtype: torch.dtype) -> int:
+    """Columns of a tile of tokens.
+
+    In 16 bits results were wrong on a GPU where there were 16, or fewer of values than of keys; see docs/kernels.md,
+    "What one has to know of Triton".
+    """
+    return padded_dim(size) if dtype == torch.float32 else max(NARROWEST, padded_dim(size))
+
+
 def compile_time(
     chosen: Configuration, found: Cut, m: int, d: int, e: int, precision: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Compile-time arguments of every kernel."""
     product = tl.float32 if dtype == torch.float32 else tl.bfloat16
     fixed = constants(chosen, m, d, e, precision)
-    if dtype != torch.float32:
-        # Narrower than keys, or of 16 columns, outputs were wrong on a GPU: docs/kernels.md, "What one has to know".
-        fixed["E_PADDED"] = max(fixed["D_PADDED"], fixed["E_PADDED"], NARROWEST_VALUES)
+    fixed["D_PADDED"] = columns_of(d, dtype)
+    fixed["E_PADDED"] = columns_of(e if dtype == torch.float32 else max(d, e), dtype)
     # A tile of steep chunks is of float32 and read without a pipeline.
     queries = max(16, min(found.chunk, STEEP_TILE // max(found.chunk, fixed["D_PADDED"], fixed["E_PADDED"])))
     return fixed | {
@@ -230,6 +238,13 @@ def plan_forward(
     """
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
+    if not needs_backward and boundaries is None and configurations is None:
+        stretches = choose_stretches(key.dtype, max(d, e), m)
+        if stretches is not None:
+            from spectraformer.ops.triton.causal_stretch_plan import plan_stretches
+
+            operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+            return plan_stretches(*operands, log_scale, sums, precision=precision, chosen=stretches)
     found = cut(key, value, m, boundaries, configurations)
     chunks, items = found.chunks, b * found.sequences
 
