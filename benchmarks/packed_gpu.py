@@ -52,24 +52,28 @@ def both_ways(attend, inputs, mode):
 def main(heads):
     print(torch.cuda.get_device_name(), torch.__version__)
     print(
-        f"{'lengths':>24} {'map':>10} {'mode':>4} | {'native ps':>9} {'MiB':>6} | {'padded ps':>9} {'MiB':>6} | ratio"
+        f"{'lengths':>24} {'map':>16} {'mode':>4} | {'native ps':>9} {'MiB':>6} | {'padded ps':>9} {'MiB':>6} | ratio"
     )
     for name, draw in LENGTHS.items():
         torch.manual_seed(0)
         lengths = draw()
         ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
         shape = (sum(lengths), heads, 64)
-        for variant in ("posrf-orf", "oprf-orf"):
+        for variant, is_causal in (("posrf-orf", False), ("oprf-orf", False), ("posrf-orf", True)):
             feature_map = sf.FeatureMap(64, 128, *variant.split("-"), num_heads=heads, device="cuda")
             inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
             attend = partial(
-                sf.packed_random_feature_attention, feature_map=feature_map, cu_seqlens=ends, max_seqlen=max(lengths)
+                sf.packed_random_feature_attention,
+                feature_map=feature_map,
+                cu_seqlens=ends,
+                max_seqlen=max(lengths),
+                is_causal=is_causal,
             )
             for mode in ("f", "f+b"):
                 (native, held), (padded, padded_held) = both_ways(attend, inputs, mode)
                 each = 1e9 / (shape[0] * heads)
                 print(
-                    f"{name:>24} {variant:>10} {mode:>4} | {native * each:9.0f} {held:6.0f} | "
+                    f"{name:>24} {variant + ' causal' * is_causal:>16} {mode:>4} | {native * each:9.0f} {held:6.0f} | "
                     f"{padded * each:9.0f} {padded_held:6.0f} | {padded / native:5.2f}",
                     flush=True,
                 )

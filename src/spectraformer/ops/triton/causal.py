@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectraformer.ops.graph import is_plain
 from spectraformer.ops.streaming import AttentionState, empty_state
-from spectraformer.ops.triton import LIBRARY, OPERANDS, PRECISIONS, autocast_dtype, with_unit_stride
+from spectraformer.ops.triton import LIBRARY, OPERANDS, PRECISIONS, autocast_dtype, launching, with_unit_stride
 from spectraformer.ops.triton import refusals as refusals_of_any
 
 # Of the operands of the kernels, and how many there are with them.
@@ -108,8 +109,12 @@ def causal_landmark_attention(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         out, log_scale, sums = _CausalLandmarkAttention.apply(*operands, precision)
         return out, AttentionState(log_scale, sums)
+    plain = is_plain(*operands)
     if key.shape[2] == 1 and boundaries is None:
-        out, log_scale, sums = torch.ops.spectraformer.landmark_attention_step(*operands[:-1])
+        step = _step if plain else torch.ops.spectraformer.landmark_attention_step
+        out, log_scale, sums = step(*operands[:-1])
+    elif plain:
+        out, log_scale, sums = launching().planned(_plan_outputs, operands, (precision,))
     else:
         out, log_scale, sums, *_ = torch.ops.spectraformer.causal_landmark_attention(*operands, False, precision)
     return out, AttentionState(log_scale, sums)
@@ -166,15 +171,19 @@ LIBRARY.define(f"landmark_attention_step({OPERANDS}, {STATE}) -> (Tensor, Tensor
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    from spectraformer.ops.triton.launch import planned
-
-    return tuple(planned(_plan_forward, arguments[:INPUTS], arguments[INPUTS:]))
+    return tuple(launching().planned(_plan_forward, arguments[:INPUTS], arguments[INPUTS:]))
 
 
 def _plan_forward(operands: Any, needs_backward: bool, precision: str) -> Any:
     from spectraformer.ops.triton.causal_plan import plan_forward
 
     return plan_forward(*operands, needs_backward=needs_backward, precision=precision)
+
+
+def _plan_outputs(operands: Any, precision: str) -> Any:
+    """The forward without a backward: all but the output and the state is scratch."""
+    launches, results = _plan_forward(operands, False, precision)
+    return launches, results[:3]
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
@@ -202,10 +211,8 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward(*arguments: Any) -> list[Tensor]:
     """Gradients of query, key and value, then of those of the other operands that are given and wanted."""
-    from spectraformer.ops.triton.launch import planned
-
     *operands, wanted, precision = arguments
-    query, key, value, *found = planned(_plan_backward, operands, (*wanted, precision))
+    query, key, value, *found = launching().planned(_plan_backward, operands, (*wanted, precision))
 
     def summed(x: Tensor, like: Tensor) -> Tensor:
         """Summed over pieces, dimension 2, and over what one operand serves."""
@@ -239,9 +246,7 @@ def _backward_shapes(*arguments: Any) -> list[Tensor]:
 
 
 def _step(*arguments: Any) -> tuple[Tensor, ...]:
-    from spectraformer.ops.triton.launch import planned
-
-    return tuple(planned(_plan_step, arguments, ()))
+    return tuple(launching().planned(_plan_step, arguments, ()))
 
 
 def _plan_step(operands: Any) -> Any:
