@@ -1,11 +1,8 @@
-"""The causal Triton kernels on a GPU: python benchmarks/causal_kernels_gpu.py [all|check|times|forward].
-
-Or with tiles or stretches [d,m ...] in place of these.
+"""The causal Triton kernels on a GPU: python benchmarks/causal_kernels_gpu.py [all|check|times|forward|tiles [d,m]].
 
 check: outputs, states and gradients against plain torch in float64, relative in norm.
 times: ps = picoseconds per (token, head), medians of CUDA events at b h = 64, bfloat16; then steps of decoding.
-forward: times of the forward alone. tiles: every kernel with other tiles, at N = 8k. stretches: of the forward with
-other tiles and numbers of programs.
+forward: times of the forward alone. tiles: every kernel with other tiles, at N = 8k.
 Kernels compile in processes side by side first, into Triton's cache on disk: that is most of the minute.
 """
 
@@ -20,13 +17,11 @@ import torch
 from cuda_events import median_ms
 from spectraformer.ops import reference
 from spectraformer.ops.streaming import AttentionState, empty_state
-from spectraformer.ops.triton import causal, causal_plan
+from spectraformer.ops.triton import causal
 from spectraformer.ops.triton.causal_configurations import PASSES
 from spectraformer.ops.triton.causal_plan import plan_forward
 from spectraformer.ops.triton.configurations import Configuration
-from spectraformer.ops.triton.launch import PLANS
 
-SHIPPED = causal_plan.choose_stretches
 SHAPES = ((64, 128), (64, 256), (128, 256), (32, 128))
 GOALS = {(64, 128): 310, (64, 256): 600, (128, 256): 1030, (32, 128): 280}
 BFLOAT, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
@@ -234,52 +229,6 @@ def tiles(d, m):
         print(shown, found, flush=True)
 
 
-# Of a chunk and its kernel, in the forward by stretches.
-PROGRAMS = (264, 528, 1056)
-STRETCHES = [
-    Configuration(128, tokens, warps, stages, programs=programs)
-    for tokens, warps in ((64, 4), (64, 8), (32, 4), (128, 8))
-    for stages in (1, 2)
-    for programs in PROGRAMS
-]
-
-
-def stretches(d, m):
-    """Picoseconds of the forward by stretches, of its kernels, and how far it is from that by states of chunks."""
-    for n in (8192, 65536):
-        operands, _ = operands_of(8, 8, 1, n, d, d, m, BFLOAT, {})
-        whole, _ = with_stretches(operands, None)
-        print(
-            f"{d},{m} N {n} by chunks: {median_ps(lambda x=operands: with_stretches(x, None), 64 * n):.0f}", flush=True
-        )
-        for chosen in STRETCHES:
-            try:
-                out, _ = with_stretches(operands, chosen)
-                error = ((out - whole).norm() / whole.norm()).item()
-                launches, _ = plan_forward(*operands, None, None, needs_backward=False, precision="tf32x3")
-                each = {}
-                for x in launches:
-                    each[x.kernel.__name__.removesuffix("_kernel")] = round(median_ps(x.run, 64 * n))
-                ps = median_ps(lambda x=operands, c=chosen: with_stretches(x, c), 64 * n)
-                found = f"{ps:.0f}, error {error:.1e}, {each}"
-            except Exception as error:
-                found = f"{type(error).__name__} {error}"[:80]
-            tile = f"{chosen.tokens} tokens, {chosen.warps} warps, {chosen.stages} stages, {chosen.programs} programs"
-            print(f"{d},{m} N {n} {tile}: {found}", flush=True)
-
-
-CHOSEN = [None]
-
-
-def with_stretches(operands, chosen):
-    """A forward by stretches of one configuration, or by states of chunks."""
-    if CHOSEN[0] != chosen or causal_plan.choose_stretches is SHIPPED:
-        PLANS.clear()
-    CHOSEN[0], causal_plan.choose_stretches = chosen, lambda *_: chosen
-    with torch.no_grad():
-        return causal.causal_landmark_attention(*operands)
-
-
 def warm(name):
     """Compile what one shape, check or tile takes."""
     if name in CHECKS:
@@ -287,10 +236,6 @@ def warm(name):
         return
     d, m, what, *tile = name.split(",")
     operands, _ = operands_of(8, 8, 1, 8192, int(d), int(d), int(m), BFLOAT, {}, grad=what in "01")
-    if what == "stretch":
-        chosen = STRETCHES[int(tile[0])]
-        with_stretches(operands, chosen)
-        return
     if what == "tile":
         for launch in launches_of(operands, operands[2], configurations_of(*TILES[int(tile[0])]), run=False):
             with contextlib.suppress(Exception):
@@ -322,8 +267,6 @@ def main(what, *shapes):
         "times": [f"{d},{m},{dw}" for d, m in SHAPES for dw in (0, 1)],
         "forward": [f"{d},{m},forward" for d, m in SHAPES],
         "tiles": [f"{d},{m},tile,{i}" for d, m in shapes for i in range(len(TILES))],
-        # Programs to aim at make no other kernel.
-        "stretches": [f"{d},{m},stretch,{i}" for d, m in shapes for i in range(0, len(STRETCHES), len(PROGRAMS))],
     }[what]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(warm_apart, names))
@@ -340,8 +283,9 @@ def main(what, *shapes):
         times(what == "forward")
     if what == "all":
         decode()
-    for shape in shapes if what in ("tiles", "stretches") else []:
-        {"tiles": tiles, "stretches": stretches}[what](*shape)
+    if what == "tiles":
+        for shape in shapes:
+            tiles(*shape)
     print(f"{'all good' if good else 'FAILURES'}, {time.time() - started:.0f} s")
     sys.exit(not good)
 

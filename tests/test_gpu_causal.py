@@ -81,7 +81,9 @@ def test_steps_continue_the_whole_and_graphs_and_compilers_take_it():
     _, state = causal_landmark_attention(*part(slice(0, 599)))
     last, stepped = decode_step(*part(slice(599, 600)), state=state)
     assert ((last - whole[:, :, -1:]).norm() / last.norm()).item() < 6e-3
-    assert ((stepped.sums - after.sums).norm() / after.sums.norm()).item() < 6e-3
+    # Sums are relative to whatever maximum was kept.
+    sums = after.sums * (after.log_scale - stepped.log_scale).exp().unsqueeze(-1)
+    assert ((stepped.sums - sums).norm() / sums.norm()).item() < 6e-3
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured, _ = causal_landmark_attention(*operands)

@@ -59,34 +59,3 @@ def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Conf
     table = THIRTY_TWO_BIT if dtype == torch.float32 else SIXTEEN_BIT
     row = table[bucket(head_dim, HEAD_DIMS), bucket(landmarks, LANDMARKS)]
     return row[name]._replace(tokens=min(row[name].tokens, row[PASSES[0]].tokens))
-
-
-# Head dims, value dims and landmarks up to which a program has all of them on chip, with its state in registers.
-STRETCH_DIM, STRETCH_LANDMARKS = 64, 128
-LEAST_STRETCH = 256
-
-
-def choose_stretches(dtype: torch.dtype, head_dim: int, landmarks: int) -> Configuration | None:
-    """The configuration of the forward by stretches; None where states of all chunks are the better or the only way.
-
-    Args:
-        dtype: As in choose.
-        head_dim: As in choose.
-        landmarks: Number of landmarks m.
-    """
-    if dtype == torch.float32 or head_dim > STRETCH_DIM or landmarks > STRETCH_LANDMARKS:
-        return None
-    return Configuration(max(32, 1 << (landmarks - 1).bit_length()), 64, 4, 2, programs=528)
-
-
-def cut_stretches(tokens: int, independent: int, configuration: Configuration) -> tuple[int, int]:
-    """Stretches to cut a sequence into: (number of stretches, tokens of each but the last).
-
-    Args:
-        tokens: Length of the sequence, >= 1.
-        independent: Programs there are without cutting.
-        configuration: Gives the tile and the number of programs to aim at.
-    """
-    wanted = max(1, min(tokens // LEAST_STRETCH, -(-configuration.programs // independent)))
-    span = -(-tokens // (wanted * configuration.tokens)) * configuration.tokens
-    return -(-tokens // span), span

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_chunks import chunk_sequence_kernel, chunk_state_kernel, round_kernel
-from spectraformer.ops.triton.causal_configurations import PASSES, choose, choose_stretches
+from spectraformer.ops.triton.causal_configurations import PASSES, choose
 from spectraformer.ops.triton.causal_forward import chunk_output_kernel
 from spectraformer.ops.triton.causal_scan import scan_kernel
 from spectraformer.ops.triton.causal_steep import steep_output_kernel
@@ -238,13 +238,6 @@ def plan_forward(
     """
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
-    if not needs_backward and boundaries is None and configurations is None:
-        stretches = choose_stretches(key.dtype, max(d, e), m)
-        if stretches is not None:
-            from spectraformer.ops.triton.causal_stretch_plan import plan_stretches
-
-            operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
-            return plan_stretches(*operands, log_scale, sums, precision=precision, chosen=stretches)
     found = cut(key, value, m, boundaries, configurations)
     chunks, items = found.chunks, b * found.sequences
 
