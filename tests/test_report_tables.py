@@ -8,6 +8,8 @@ import shutil
 import subprocess
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from report_fixture import make_record, paper_records, seven_records
 from spectraformer.config import AttentionConfig, ModelConfig
@@ -20,6 +22,8 @@ from spectraformer.report.heatmap import heatmap
 from spectraformer.report.latex import escape_latex, latex
 from spectraformer.report.leaderboard import comparisons_csv, leaderboard_csv, leaderboards, tables
 from spectraformer.report.notes import footnotes
+from spectraformer.report.pareto import _draw_front as draw_front
+from spectraformer.report.pareto import _steps as pareto_steps
 from spectraformer.report.pareto import fronts, pareto
 from spectraformer.report.published import beside_cells, beside_published, beside_words, find_published, our_name
 from spectraformer.report.rows import check_records, sections
@@ -315,6 +319,43 @@ def test_the_heatmap_holds_the_usual_pairs_and_names_the_others():
 def test_the_front_is_what_no_other_beats():
     points = [(1.0, 0.3), (2.0, 0.5), (2.0, 0.4), (3.0, 0.5), (0.5, 0.1), (2.0, 0.5)]
     assert pareto(points) == [True, True, False, False, True, True]
+
+
+def test_labels_of_a_front_lie_on_no_dot_and_not_on_the_line():
+    corners = [(10.0, 20.0), (60.0, 35.0), (90.0, 80.0)]
+    line = pareto_steps(corners, 200.0)
+    assert line == [
+        (10.0, 20.0, 60.0, 20.0), (60.0, 35.0, 90.0, 35.0), (90.0, 80.0, 200.0, 80.0),
+        (60.0, 20.0, 60.0, 35.0), (90.0, 35.0, 90.0, 80.0),
+    ]  # fmt: skip
+    # Many that lie close, so that not every name has room.
+    many = [make_record("image", f"attention-{i:02}", test=0.5 + 1e-3 * i, speed=20.0 - 0.3 * i) for i in range(12)]
+    (section,) = sections_of(*many, make_record("image", "softmax", test=0.52, speed=2.0))
+    front = fronts(section)[0]
+    figure = Figure(figsize=(5.4, 3.4))
+    axes = figure.add_axes((0.105, 0.15, 0.86, 0.8))
+    draw_front(axes, front)
+    FigureCanvasAgg(figure).draw()
+    names = [text for text in axes.texts if text.get_text()]
+    assert 1 < len(names) < 13
+    boxes = [text.get_window_extent().shrunk(0.95, 0.7) for text in names]
+    dots = axes.transData.transform([(cost, 100 * row.test.mean) for row, cost in front.points])
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    (drawn,) = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
+    path = drawn.get_path().interpolated(200).transformed(axes.transData)
+    assert not any(box.contains(*place) for box in boxes for place in path.vertices)
+
+
+def test_timed_seeds_far_apart_are_named():
+    together = [make_record("image", "softmax", seed, speed=speed) for seed, speed in enumerate((10.0, 12.4, None))]
+    apart = [make_record("image", "oprf-orf", seed, speed=speed) for seed, speed in enumerate((10.0, 25.0, None))]
+    said = [
+        note for note in footnotes(analyse(check_records([*together, *apart]), {}, "softmax")) if "Timed seeds" in note
+    ]
+    words = "Timed seeds differ widely, as those of other versions do: oprf-orf on image (jpeg), 10.0 to 25.0 steps/s."
+    assert said == [words]
+    assert not any("Timed seeds" in note for note in footnotes(analyse(check_records(together), {}, "softmax")))
 
 
 def test_fronts_compare_one_device_and_one_measure_only():

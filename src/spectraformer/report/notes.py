@@ -7,8 +7,9 @@ import math
 from spectraformer.report.analysis import Analysis
 from spectraformer.report.rows import PARITY, Section
 from spectraformer.report.statistics import SEEDS, TEST_SET
-from spectraformer.report.table import ALONE, SPACE
+from spectraformer.report.table import ALONE, SPACE, three_digits
 
+SPEEDS_APART = 1.25  # fastest seed over slowest
 MEMORY = {"process": "of the whole process, libraries included", "cuda": "allocated on the GPU"}
 
 
@@ -56,6 +57,7 @@ def footnotes(found: Analysis) -> list[str]:
         )
     if any(record.content["steps_per_second"] is None for record in records):
         notes.append("Runs that shared their device have no time or memory of their own: a dash stands for them.")
+    notes += _speed_notes(found)
     kinds = {row.memory_kind for row in rows if row.memory_kind}
     if kinds:
         said = ", or where marked GPU that ".join(MEMORY.get(kind, kind) for kind in sorted(kinds, reverse=True))
@@ -82,6 +84,18 @@ def _interval_notes(bases: set[str]) -> list[str]:
             "alone: where the accuracy of these very weights would lie on other examples. Other seeds may lie outside."
         )
     return notes
+
+
+def _speed_notes(found: Analysis) -> list[str]:
+    """Rows whose timed seeds are too far apart for their mean to be the time of anything."""
+    said = []
+    for section in found.sections:
+        for row in section.rows:
+            speeds = sorted(speed for record in row.records if (speed := record.content["steps_per_second"]))
+            if row.steps_per_second and speeds[-1] > SPEEDS_APART * speeds[0]:
+                low, high = (three_digits(speed) for speed in (speeds[0], speeds[-1]))
+                said.append(f"{row.label} on {section.title}, {low} to {high} steps/s")
+    return [f"Timed seeds differ widely, as those of other versions do: {'; '.join(said)}."] if said else []
 
 
 def _comparison_notes(found: Analysis) -> list[str]:

@@ -185,12 +185,15 @@ _Box = tuple[float, float, float, float]  # left, bottom, right, top, in points 
 
 
 def _label(axes: Axes, front: Front) -> None:
-    """Names of the front and of softmax where they fit, the most accurate first; no label lies on another."""
+    """Names of the front and of softmax, the most accurate first, where there is room beside dots and the line."""
     extent = axes.get_window_extent()
     wide, high = (72 * size / axes.figure.dpi for size in (extent.width, extent.height))
     to_axes = axes.transScale + axes.transLimits
     wanted = [(row, cost) for row, cost in front.points if row.label in front.best or row.name == EXACT]
     dots = [to_axes.transform((cost, 100 * row.test.mean)) * (wide, high) for row, cost in wanted]
+    every = [to_axes.transform((cost, 100 * row.test.mean)) * (wide, high) for row, cost in front.points]
+    corners = [place for place, (row, _) in zip(every, front.points, strict=True) if row.label in front.best]
+    line = _steps([(u, v) for u, v in corners], wide)
     taken: list[_Box] = []
 
     def write(text: str, box: _Box, colour: str) -> None:
@@ -204,15 +207,24 @@ def _label(axes: Axes, front: Front) -> None:
         write(text, (2.0, bottom, 2.0 + _length(text), bottom + LINE), MUTED)
     for (row, _), (x, y) in sorted(zip(wanted, dots, strict=True), key=lambda item: -item[1][1]):
         text = shortened(row.label)
-        for right, up in SIDES:
-            left = x + right * GAP - (1 - right) / 2 * _length(text)
-            bottom = y + up * GAP - (1 - up) / 2 * LINE
-            box = (left, bottom, left + _length(text), bottom + LINE)
-            inside = box[0] >= -GAP and box[2] <= wide + GAP and box[1] >= 0 and box[3] <= high + GAP
-            others = [(u, v, u, v) for u, v in dots if (u, v) != (x, y)]
-            if inside and not any(_overlap(box, other) for other in [*taken, *others]):
-                write(text, box, INK)
-                break
+        boxes = [_beside(x, y, right, up, _length(text)) for right, up in SIDES]
+        boxes = [b for b in boxes if b[0] >= -GAP and b[2] <= wide + GAP and b[1] >= 0 and b[3] <= high + GAP]
+        others = [*taken, *line, *((u, v, u, v) for u, v in every if (u, v) != (x, y))]
+        free = [box for box in boxes if not any(_overlap(box, other) for other in others)]
+        if free:
+            write(text, free[0], INK)
+
+
+def _beside(x: float, y: float, right: int, up: int, length: float) -> _Box:
+    """Where a label stands on one side of its dot."""
+    left, bottom = x + right * GAP - (1 - right) / 2 * length, y + up * GAP - (1 - up) / 2 * LINE
+    return left, bottom, left + length, bottom + LINE
+
+
+def _steps(corners: Sequence[tuple[float, float]], end: float) -> list[_Box]:
+    """The line of the front, from its corners, cheapest first: flat up to the next, then straight up to it."""
+    flat = [(x, y, right, y) for (x, y), right in zip(corners, [*(x for x, _ in corners[1:]), end], strict=True)]
+    return flat + [(x, low, x, y) for (x, y), (_, low) in zip(corners[1:], corners, strict=False)]
 
 
 def _length(text: str) -> float:
