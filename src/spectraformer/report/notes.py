@@ -57,6 +57,11 @@ def footnotes(found: Analysis) -> list[str]:
         )
     if any(record.content["steps_per_second"] is None for record in records):
         notes.append("Runs that shared their device have no time or memory of their own: a dash stands for them.")
+    if any(row.seconds for row in rows):
+        notes.append(
+            "Training time is that of the optimiser steps, without evaluations and without what is compiled and "
+            "recorded when a run begins."
+        )
     notes += _speed_notes(found)
     kinds = {row.memory_kind for row in rows if row.memory_kind}
     if kinds:

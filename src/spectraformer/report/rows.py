@@ -47,7 +47,8 @@ class Row:
         parameters: Of the whole model; None if the runs disagree.
         parameters_change: parameters / softmax's - 1; None without a softmax row of the same model and batches.
         device: Where all timed runs ran; None if nowhere, or in several places.
-        seconds: Training and evaluation, mean over the timed seeds; None without a device.
+        seconds: Of all optimiser steps, mean over the timed seeds; None without a device. Evaluation, and what is
+            compiled and recorded when a run begins or goes on, is not in it: it says nothing of an attention.
         steps_per_second: Mean over the timed seeds; None without a device.
         speed_ratio: steps_per_second / softmax's; None without such a row on the same device.
         peak_memory: Bytes, the largest over seeds; None if not measured, or in different ways.
@@ -296,10 +297,9 @@ def _row(records: Sequence[Record], apart: tuple[str, ...], usual: bool, softmax
     parameters = counts.pop() if len(counts) == 1 else None
     timed = [record for record in records if record.content["steps_per_second"] is not None]
     device = devices(timed)[0] if len(devices(timed)) == 1 else None
-    speed, seconds = (
-        fmean(times) if device and (times := [t for r in timed if (t := r.content[name]) is not None]) else None
-        for name in ("steps_per_second", "seconds")
-    )
+    speeds = [(record.content["steps_per_second"], record.content["steps"]) for record in timed if device]
+    speed = fmean(speed for speed, _ in speeds) if speeds else None
+    seconds = fmean(steps / speed for speed, steps in speeds) if speeds else None
     weighed = [content for content in contents if content["peak_memory_bytes"] is not None]
     kinds = {content.get("memory_kind") for content in weighed}
     kind = kinds.pop() if len(kinds) == 1 else None
