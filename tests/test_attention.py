@@ -95,6 +95,19 @@ class Attend(nn.Module):
         return sf.random_feature_attention(q, k, v, self.feature_map, is_causal=self.is_causal)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_second_derivative_is_there_or_refused_but_never_taken_for_zero(backend):
+    q, k, v = (torch.randn(1, 1, 20, 16, requires_grad=True) for _ in range(3))
+    out = sf.random_feature_attention(q, k, v, sf.FeatureMap(16, 16, "posrf"), backend=backend)
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    penalty = gradient.square().sum()
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            penalty.backward()
+    else:
+        assert torch.autograd.grad(penalty, q)[0].norm() > 0
+
+
 def test_identities_of_attention():
     q, k, v = tokens(2.0, n=30)
     for variant in ("oprf-orf", "sderf-ssr", "hyprf-mm"):

@@ -63,8 +63,16 @@ def test_tiles_change_results_by_rounding_alone(interpreted):
     assert {name: e for name, e in interpreted["tiles"].items() if not e < 2e-5} == {}
 
 
-def test_tokens_behind_the_last_boundary_change_no_gradient_of_landmarks(interpreted):
-    assert interpreted["behind"] == [True] * 5
+def test_tokens_in_no_sequence_change_no_gradient_of_landmarks(interpreted):
+    assert interpreted["outside"] == [True] * 5
+
+
+def test_attention_and_its_gradients_compile_without_a_break(interpreted):
+    assert interpreted["compiled"] == {"packed": True, "batch": True}
+
+
+def test_a_second_derivative_is_refused_and_not_taken_for_zero(interpreted):
+    assert interpreted["twice"] == ["trying to differentiate twice"] * 3
 
 
 def test_wrong_boundaries_lead_nowhere_outside(interpreted):
@@ -209,22 +217,60 @@ def tiles():
     return {f"{case}, {name}": e for case, errors in found.items() for name, e in errors.items()}
 
 
-def behind():
+def outside():
     """Whether gradients of what all tokens share are the same without tokens that no sequence holds."""
     from spectraformer.ops.triton.causal import causal_landmark_attention
 
-    operands, _ = packed_operands((40, 30, 25), 1, 1, 16, 16, 24, {})
+    operands, _ = packed_operands((20, 40, 30, 25), 1, 1, 16, 16, 24, {})
     gradients = []
-    for count in (95, 70):
-        tokens = [x[:, :, :count] for x in operands[:3]]
+    for first, last, ends in ((0, 115, [20, 60, 90]), (20, 90, [0, 40, 70])):
+        tokens = [x[:, :, first:last] for x in operands[:3]]
         shared = [x.clone().requires_grad_() for x in (*operands[3:6], operands[7])]
-        given = [*tokens, *shared[:3], operands[6][..., :count], shared[3]]
-        out, _ = causal_landmark_attention(*given, precision="ieee", boundaries=boundaries_of((40, 30)))
-        gradients.append([out, *torch.autograd.grad(out[:, :, :70].sum(), shared)])
+        given = [*tokens, *shared[:3], operands[6][..., first:last], shared[3]]
+        out, _ = causal_landmark_attention(*given, precision="ieee", boundaries=torch.tensor(ends))
+        seen = out[:, :, ends[0] : ends[-1]]
+        gradients.append([seen.detach(), *torch.autograd.grad(seen.sum(), shared)])
     first, second = gradients
-    return [torch.equal(first[0][:, :, :70], second[0])] + [
+    return [torch.equal(first[0], second[0])] + [
         bool((x - y).abs().max() <= 1e-5 * y.abs().max()) for x, y in zip(first[1:], second[1:], strict=True)
     ]
+
+
+def compiled():
+    import spectraformer as sf
+
+    feature_map = sf.FeatureMap(16, 24, "posrf")
+    ends = boundaries_of((10, 0, 40))
+
+    def packed(*tokens):
+        return sf.packed_random_feature_attention(*tokens, feature_map, ends, 40, is_causal=True)
+
+    def batch(*tokens):
+        return sf.random_feature_attention(*tokens, feature_map, is_causal=True)
+
+    agree = {}
+    for name, run, shape in (("packed", packed, (50, 2, 16)), ("batch", batch, (1, 2, 50, 16))):
+        tokens = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+        outs = [f(*tokens) for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager"))]
+        results = [(out, *torch.autograd.grad(out.square().sum(), tokens)) for out in outs]
+        agree[name] = all(bool((x - y).abs().max() < 1e-5 * y.abs().max()) for x, y in zip(*results, strict=True))
+    return agree
+
+
+def twice():
+    """What is said of a penalty on the gradient of a sum."""
+    import spectraformer as sf
+
+    said = []
+    for component, is_causal in (("posrf", False), ("posrf", True), ("trigrf", False)):
+        q, k, v = (torch.randn(1, 1, 20, 16, requires_grad=True) for _ in range(3))
+        out = sf.random_feature_attention(q, k, v, sf.FeatureMap(16, 16, component), is_causal=is_causal)
+        (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        try:
+            (out.sum() + gradient.square().sum()).backward()
+        except RuntimeError as error:
+            said.append(str(error)[:29])
+    return said
 
 
 def wrong_boundaries():
@@ -341,8 +387,10 @@ def interpret():
     torch.Tensor.new_empty = poisoned
     results = {"kernels": {name: errors_of(*case) for name, case in CASES.items()}, "tiles": tiles()}
     results["steepest"] = steepest("norms that grow")
+    results["outside"] = outside()
     torch.Tensor.new_empty = empty
-    results |= {"behind": behind(), "wrong": wrong_boundaries(), "fakes": fakes(), "refused": refusals()}
+    results |= {"wrong": wrong_boundaries(), "fakes": fakes(), "refused": refusals()}
+    results |= {"compiled": compiled(), "twice": twice()}
     results["library"] = {name: in_the_library(name) for name in VARIANTS}
     results["own boundaries"] = own_boundaries()
     sys.stdout.write(json.dumps(results))

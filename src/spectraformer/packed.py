@@ -39,8 +39,8 @@ def packed_random_feature_attention(
 
     Sequence i is the tokens from ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, as in the packed form of other
     attentions. The fused kernels of positive features read packed tokens as they are. All others, and features that
-    translate tokens or map them by a matrix fitted to each sequence, take sequences side by side with padding, which is
-    exact: time and memory are those of b sequences of the longest.
+    translate tokens or map them by a fitted matrix, take sequences side by side with padding, which is exact: time and
+    memory are those of b sequences of the longest.
     Nothing waits for a GPU, and a captured graph may be replayed with other boundaries.
 
     Args:
@@ -51,8 +51,10 @@ def packed_random_feature_attention(
         cu_seqlens: Where sequences of queries begin and the last ends: 0, ..., t, ascending, int32 or int64. What it
             holds is checked on the CPU only: a look at it would have to wait for a GPU. There, output and gradients of
             tokens in no sequence are undefined: give tokens to spare a sequence of their own.
-        max_seqlen: Length of the longest of them, or more; on a GPU, tokens beyond it are in no sequence.
-        cu_seqlens_key: The same of keys; None where queries and keys are the same tokens.
+        max_seqlen: Length of the longest of them, or more; with less, which a GPU does not see, output and gradients of
+            sequences that are longer are undefined.
+        cu_seqlens_key: The same of keys; None where queries and keys are the same tokens. Causal attention takes
+            padding where it is given, even if it says the same.
         max_seqlen_key: The same of keys.
         is_causal: Query t of a sequence sees its keys 0..t.
         scale: As in :func:`spectraformer.random_feature_attention`.

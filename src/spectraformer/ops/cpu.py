@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from spectraformer.ops.blocks import blocks
-from spectraformer.ops.graph import is_exporting
+from spectraformer.ops.graph import differentiable_once, is_exporting
 
 # Elements of one block of recomputed probabilities: 4 MiB in float32, about a core's share of cache.
 BLOCK_ELEMENTS = 1 << 20
@@ -88,7 +88,7 @@ class _FusedLandmarkAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, u, w, a, t, no_key, landmark_value, log_sum, out = ctx.saved_tensors
         b, h, m, _ = u.shape

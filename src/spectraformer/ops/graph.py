@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,3 +41,26 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of an autograd function whose results say that they have no second derivative, if one is asked for.
+
+    torch's own decorator says nothing where the gradient that comes in needs none, as that of a sum, and a penalty on
+    gradients would be taken for a constant.
+    """
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        if torch.compiler.is_compiling():
+            return refusing(ctx, *gradients)
+        return refusing(ctx, *(None if x is None else _recorded(x) for x in gradients))
+
+    return run
+
+
+def _recorded(x: Tensor) -> Tensor:
+    return x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()

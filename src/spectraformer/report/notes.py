@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 from spectraformer.report.analysis import Analysis
-from spectraformer.report.rows import PARITY, Section
+from spectraformer.report.rows import PARITY, Section, far_apart
 from spectraformer.report.statistics import SEEDS, TEST_SET
 from spectraformer.report.table import ALONE, SPACE, three_digits
 
-SPEEDS_APART = 1.25  # fastest seed over slowest
 MEMORY = {"process": "of the whole process, libraries included", "cuda": "allocated on the GPU"}
 
 
@@ -92,15 +91,16 @@ def _interval_notes(bases: set[str]) -> list[str]:
 
 
 def _speed_notes(found: Analysis) -> list[str]:
-    """Rows whose timed seeds are too far apart for their mean to be the time of anything."""
+    """Rows that have no time because their timed seeds are far apart."""
     said = []
     for section in found.sections:
         for row in section.rows:
-            speeds = sorted(speed for record in row.records if (speed := record.content["steps_per_second"]))
-            if row.steps_per_second and speeds[-1] > SPEEDS_APART * speeds[0]:
-                low, high = (three_digits(speed) for speed in (speeds[0], speeds[-1]))
+            speeds = [speed for record in row.records if (speed := record.content["steps_per_second"])]
+            if row.device and far_apart(speeds):
+                low, high = (three_digits(speed) for speed in (min(speeds), max(speeds)))
                 said.append(f"{row.label} on {section.title}, {low} to {high} steps/s")
-    return [f"Timed seeds differ widely, as those of other versions do: {'; '.join(said)}."] if said else []
+    words = "Timed seeds that differ by more than a quarter, as under another version of the code, give no time"
+    return [f"{words}: {'; '.join(said)}."] if said else []
 
 
 def _comparison_notes(found: Analysis) -> list[str]:

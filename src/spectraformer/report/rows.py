@@ -25,6 +25,7 @@ NUMBERS = (
     *(f"data.majority.{split}" for split in ("dev", "test")),
     *("parameters", "steps", "best_step", "sessions"),
 )
+SPEEDS_APART = 1.25  # of timed seeds, the fastest over the slowest
 MEASURED = ("steps_per_second", "seconds", "peak_memory_bytes")  # None of runs that shared their device
 TEXTS = ("key", "task", "attention", "protocol", "device", "data.sha256", "data.source")
 APART = ("task", "size", "protocol", "attention.name", "train.seed")  # in columns and titles of their own
@@ -47,9 +48,10 @@ class Row:
         parameters: Of the whole model; None if the runs disagree.
         parameters_change: parameters / softmax's - 1; None without a softmax row of the same model and batches.
         device: Where all timed runs ran; None if nowhere, or in several places.
-        seconds: Of all optimiser steps, mean over the timed seeds; None without a device. Evaluation, and what is
-            compiled and recorded when a run begins or goes on, is not in it: it says nothing of an attention.
-        steps_per_second: Mean over the timed seeds; None without a device.
+        seconds: Of all optimiser steps, mean over the timed seeds; None without a device, or if they are far apart.
+            Evaluation, and what is compiled and recorded when a run begins or goes on, is not in it: it says nothing
+            of an attention.
+        steps_per_second: Mean over the timed seeds; None likewise.
         speed_ratio: steps_per_second / softmax's; None without such a row on the same device.
         peak_memory: Bytes, the largest over seeds; None if not measured, or in different ways.
         memory_kind: How it was measured, or None.
@@ -297,9 +299,11 @@ def _row(records: Sequence[Record], apart: tuple[str, ...], usual: bool, softmax
     parameters = counts.pop() if len(counts) == 1 else None
     timed = [record for record in records if record.content["steps_per_second"] is not None]
     device = devices(timed)[0] if len(devices(timed)) == 1 else None
-    speeds = [(record.content["steps_per_second"], record.content["steps"]) for record in timed if device]
-    speed = fmean(speed for speed, _ in speeds) if speeds else None
-    seconds = fmean(steps / speed for speed, steps in speeds) if speeds else None
+    speeds = [record.content["steps_per_second"] for record in timed if device]
+    speed = seconds = None
+    if speeds and not far_apart(speeds):
+        speed = fmean(speeds)
+        seconds = fmean(r.content["steps"] / r.content["steps_per_second"] for r in timed)
     weighed = [content for content in contents if content["peak_memory_bytes"] is not None]
     kinds = {content.get("memory_kind") for content in weighed}
     kind = kinds.pop() if len(kinds) == 1 else None
@@ -329,6 +333,11 @@ def _row(records: Sequence[Record], apart: tuple[str, ...], usual: bool, softmax
         memory_kind=kind,
         state=state_numbers(records[0].run.attention, records[0].run.model),
     )
+
+
+def far_apart(speeds: Sequence[float]) -> bool:
+    """Whether speeds of several seeds are too different for their mean to be that of anything."""
+    return bool(speeds) and max(speeds) > SPEEDS_APART * min(speeds)
 
 
 def devices(records: Sequence[Record]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectraformer.ops.graph import is_exporting, is_plain
+from spectraformer.ops.graph import differentiable_once, is_exporting, is_plain
 from spectraformer.ops.sequences import Sequences
 
 INSTALLED = find_spec("triton") is not None
@@ -315,26 +315,21 @@ class _LandmarkAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients are recorded here only with create_graph: then the results say that there is no second derivative.
-        return _gradients_once(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
+        tensors, wanted = (with_unit_stride(grad), *ctx.saved_tensors), ctx.needs_input_grad[3:8]
+        if is_plain(*tensors):
+            query, key, value, *found = _differentiate(tensors, wanted, ctx.settings)
+        else:
+            precision, *longest = ctx.settings
+            query, key, value, *found = torch.ops.spectraformer.landmark_attention_backward(
+                *tensors[:11], wanted, precision, *tensors[11:], *longest
+            )
+        others = iter(found)
+        of_others = [next(others) if need else None for need in wanted] if found else NO_GRADIENTS
+        return query, key, value, *of_others, None, None, None
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, wanted = (with_unit_stride(grad), *ctx.saved_tensors), ctx.needs_input_grad[3:8]
-    if is_plain(*tensors):
-        query, key, value, *found = _differentiate(tensors, wanted, ctx.settings)
-    else:
-        precision, *longest = ctx.settings
-        query, key, value, *found = torch.ops.spectraformer.landmark_attention_backward(
-            *tensors[:11], wanted, precision, *tensors[11:], *longest
-        )
-    others = iter(found)
-    of_others = [next(others) if need else None for need in wanted] if found else NO_GRADIENTS
-    return query, key, value, *of_others, None, None, None
-
-
-_gradients_once = torch.autograd.function.once_differentiable(_gradients)
 NO_GRADIENTS = [None] * 5
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectraformer.ops.graph import is_plain
+from spectraformer.ops.graph import differentiable_once, is_plain
 from spectraformer.ops.streaming import AttentionState, empty_state
 from spectraformer.ops.triton import LIBRARY, OPERANDS, PRECISIONS, autocast_dtype, launching, with_unit_stride
 from spectraformer.ops.triton import refusals as refusals_of_any
@@ -87,7 +87,8 @@ def causal_landmark_attention(
     items = key.shape[0]
     if boundaries is not None:
         items = len(boundaries) - 1
-        shapes = [tuple(x.shape) for x in (key, query_landmarks, key_landmarks, landmark_bias) if x.shape[0] != 1]
+        given = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+        shapes = [tuple(x.shape) for x in given if x is not None and x.shape[0] != 1]
         if shapes:
             raise ValueError(f"operands of packed sequences have shapes {shapes}; expected one batch item")
         boundaries = boundaries.contiguous()
@@ -107,6 +108,9 @@ def causal_landmark_attention(
         boundaries,
     )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        if torch.compiler.is_compiling():
+            # The compiler takes no tensor twice, and both sides may see the same landmarks.
+            operands = tuple(None if x is None else x.view_as(x) for x in operands)
         out, log_scale, sums = _CausalLandmarkAttention.apply(*operands, precision)
         return out, AttentionState(log_scale, sums)
     plain = is_plain(*operands)
@@ -282,7 +286,7 @@ class _CausalLandmarkAttention(torch.autograd.Function):
         return out, log_scale, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, _: None, grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
         grad = torch.zeros_like(saved[INPUTS]) if grad is None else with_unit_stride(grad)

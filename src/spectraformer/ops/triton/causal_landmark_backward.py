@@ -19,7 +19,7 @@ def landmark_backward_kernel(
     grad_logits,  # (b h, n, m)
     tokens,  # (b, h, n, d)
     key_bias,  # nothing is read of keys that are removed; None for queries
-    boundaries,  # (sequences + 1,): tokens behind the last belong to no sequence; or None
+    boundaries,  # (sequences + 1,): tokens before the first or behind the last belong to no sequence; or None
     part,  # (b h, pieces, m, d) float32
     batch, head, row, key_bias_batch, key_bias_head, heads, n, span, pieces,
     sequences,
@@ -37,10 +37,12 @@ def landmark_backward_kernel(
     grad_logits += flat * n * M + block * LANDMARKS
     landmark, column = tl.arange(0, LANDMARKS), tl.arange(0, TOKENS)
     total = tl.zeros((LANDMARKS, D_PADDED), tl.float32)
-    last = tl.minimum(piece * span + span, n)
+    begin = piece * span
+    last = tl.minimum(begin + span, n)
     if boundaries is not None:
+        begin = tl.maximum(tl.minimum(tl.load(boundaries), last), begin).to(tl.int32)
         last = tl.minimum(tl.maximum(tl.load(boundaries + sequences), 0), last).to(tl.int32)
-    for start in tl.range(piece * span, last, TOKENS, num_stages=STAGES):
+    for start in tl.range(begin, last, TOKENS, num_stages=STAGES):
         offset = tl.cast(start, tl.int64)
         present = column < last - start
         if key_bias is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectraformer.ops import triton as kernels
-from spectraformer.ops.graph import is_plain
+from spectraformer.ops.graph import differentiable_once, is_plain
 
 # Beyond it sums of cosines and of sines leave no room in registers.
 MAX_HEAD_DIM = 128
@@ -193,7 +193,7 @@ class _TrigonometricAttention(torch.autograd.Function):
         return results[0], results[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needs, saved = ctx.needs_input_grad, ctx.saved_tensors
         wanted = [*needs[3:5], needs[5] and saved[5] is not None]
