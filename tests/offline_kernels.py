@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +28,22 @@ def run_program(file, program, *, interpret):
     done = subprocess.run([sys.executable, file, program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextmanager
+def new_buffers(made):
+    """Within, every buffer that a kernel is to fill is made(buffer)."""
+    empty = torch.Tensor.new_empty
+    torch.Tensor.new_empty = lambda *arguments, **options: made(empty(*arguments, **options))
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty = empty
+
+
+def poisoned(x):
+    """A buffer that starts as NaN, or as numbers that nothing has: what is left unwritten shows."""
+    return x.fill_(float("nan") if x.is_floating_point() else 123)
 
 
 def differences(real, fake):

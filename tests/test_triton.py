@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offline_kernels import SHARED_MEMORY, assemble, differences, run_program
+from offline_kernels import SHARED_MEMORY, assemble, differences, new_buffers, poisoned, run_program
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -211,49 +211,46 @@ def interpret():
     from spectraformer.ops import reference
     from spectraformer.ops import triton as kernels
 
-    # Every buffer a kernel is to fill starts as NaN: what is left unwritten shows.
-    empty = torch.Tensor.new_empty
-    torch.Tensor.new_empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
-    results = {}
-    for name, (b, h, g, n, s, d, e, m, special) in CASES.items():
-        operands = [None if x is None else x.requires_grad_() for x in operands_of(b, h, g, n, s, d, e, m, special)]
-        present = [i for i, x in enumerate(operands) if x is not None]
-        shown = list(operands)
-        if "removed" in special:  # what a removed key and its value hold must not matter
-            gone = (operands[6] == float("-inf")).unsqueeze(-1)
-            shown[1:3] = (x.masked_fill(gone, float("nan")) for x in shown[1:3])
-        out = kernels.landmark_attention(*shown, precision="ieee")
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        got = torch.autograd.grad(out, [operands[i] for i in present], weight)
-        exact = [None if x is None else x.detach().double().requires_grad_() for x in operands]
-        query, key, value, u, w, bias, key_bias, quadratic = exact
-        added = torch.zeros(b, h, s, dtype=torch.float64)
-        if key_bias is not None:
-            added = added + key_bias + (key**2 * quadratic.unsqueeze(-2)).sum(-1)
-        no_key = (added == float("-inf")).all(-1, keepdim=True)
-        want = reference.landmark_attention(
-            query.reshape(b, h, g * n, d),
-            key,
-            value,
-            u.expand(b, h, m, d),
-            w.expand(b, h, m, d),
-            bias.expand(b, h, m),
-            added.masked_fill(no_key, 0.0),
-            no_key.unsqueeze(-1),
-        ).reshape(out.shape)
-        expected = torch.autograd.grad(want, [exact[i] for i in present], weight.double())
-        # A gradient that is 0 in truth, as of a single key, is measured on the scale of the others.
-        largest = max(x.abs().max().item() for x in expected)
-        relative = {"out": ((out - want).abs().max() / want.abs().max()).item()}
-        for i, x, y in zip(present, got, expected, strict=True):
-            relative[NAMES[i]] = (x - y).abs().max().item() / max(y.abs().max().item(), 0.1 * largest)
-        results[name] = {
-            "shape": out.shape == (b, h * g, n, e) and out.dtype == operands[2].dtype,
-            "contiguous": out.is_contiguous(),
-            "relative": relative,
-            "zero": [not x[0, 0].any() for x in (out, *got[:3])],
-        }
-    torch.Tensor.new_empty = empty
+    with new_buffers(poisoned):
+        results = {}
+        for name, (b, h, g, n, s, d, e, m, special) in CASES.items():
+            operands = [None if x is None else x.requires_grad_() for x in operands_of(b, h, g, n, s, d, e, m, special)]
+            present = [i for i, x in enumerate(operands) if x is not None]
+            shown = list(operands)
+            if "removed" in special:  # what a removed key and its value hold must not matter
+                gone = (operands[6] == float("-inf")).unsqueeze(-1)
+                shown[1:3] = (x.masked_fill(gone, float("nan")) for x in shown[1:3])
+            out = kernels.landmark_attention(*shown, precision="ieee")
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+            got = torch.autograd.grad(out, [operands[i] for i in present], weight)
+            exact = [None if x is None else x.detach().double().requires_grad_() for x in operands]
+            query, key, value, u, w, bias, key_bias, quadratic = exact
+            added = torch.zeros(b, h, s, dtype=torch.float64)
+            if key_bias is not None:
+                added = added + key_bias + (key**2 * quadratic.unsqueeze(-2)).sum(-1)
+            no_key = (added == float("-inf")).all(-1, keepdim=True)
+            want = reference.landmark_attention(
+                query.reshape(b, h, g * n, d),
+                key,
+                value,
+                u.expand(b, h, m, d),
+                w.expand(b, h, m, d),
+                bias.expand(b, h, m),
+                added.masked_fill(no_key, 0.0),
+                no_key.unsqueeze(-1),
+            ).reshape(out.shape)
+            expected = torch.autograd.grad(want, [exact[i] for i in present], weight.double())
+            # A gradient that is 0 in truth, as of a single key, is measured on the scale of the others.
+            largest = max(x.abs().max().item() for x in expected)
+            relative = {"out": ((out - want).abs().max() / want.abs().max()).item()}
+            for i, x, y in zip(present, got, expected, strict=True):
+                relative[NAMES[i]] = (x - y).abs().max().item() / max(y.abs().max().item(), 0.1 * largest)
+            results[name] = {
+                "shape": out.shape == (b, h * g, n, e) and out.dtype == operands[2].dtype,
+                "contiguous": out.is_contiguous(),
+                "relative": relative,
+                "zero": [not x[0, 0].any() for x in (out, *got[:3])],
+            }
     operands = operands_of(2, 2, 2, 33, 40, 16, 24, 70, {"transposed": True})
     problems = []
     for needs_backward in (True, False):

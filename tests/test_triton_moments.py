@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from offline_kernels import SHARED_MEMORY, assemble, differences, run_program
+from offline_kernels import SHARED_MEMORY, assemble, differences, new_buffers, poisoned, run_program
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 # name: b, h, g, n, s, d, and what else is special
@@ -152,26 +152,24 @@ def interpret():
 
     # So few programs that some take several tiles and some heads several programs.
     moments_kernel.PROGRAMS = dict.fromkeys(ORDERS, 12)
-    empty = torch.Tensor.new_empty
-    torch.Tensor.new_empty = lambda *a, **k: _poisoned(empty(*a, **k))
-    results = {}
-    for name, (b, h, g, n, s, d, special) in CASES.items():
-        generator = torch.Generator().manual_seed(0)
-        query, key = tokens_of(b, h * g, n, d, special, generator), tokens_of(b, h, s, d, special, generator)
-        masks = mask_of(b, n, special, generator), mask_of(b, s, special, generator)
-        # What padding holds reaches nothing.
-        dirty = [_spoilt(x, mask) for x, mask in zip((query, key), masks, strict=True)]
-        rows = None if masks[0] is None else masks[0].repeat(1, g)
-        for order in ORDERS:
-            got = fused.sequence_moments(*dirty, *masks, 0.6, order, precision="ieee")
-            want = [
-                moments(x.double(), mask, 0.6, order, False)
-                for x, mask in ((query.reshape(b, h, g * n, d), rows), (key, masks[1]))
-            ]
-            want = [torch.stack([x.mean for x in want]), torch.stack([x.second for x in want])]
-            fake = fused._shapes(*dirty, *masks, 0.6, order, "ieee")
-            results[f"{name}, {order}"] = {"error": relative(got, want), "fake": differences(got, fake)}
-    torch.Tensor.new_empty = empty
+    with new_buffers(poisoned):
+        results = {}
+        for name, (b, h, g, n, s, d, special) in CASES.items():
+            generator = torch.Generator().manual_seed(0)
+            query, key = tokens_of(b, h * g, n, d, special, generator), tokens_of(b, h, s, d, special, generator)
+            masks = mask_of(b, n, special, generator), mask_of(b, s, special, generator)
+            # What padding holds reaches nothing.
+            dirty = [_spoilt(x, mask) for x, mask in zip((query, key), masks, strict=True)]
+            rows = None if masks[0] is None else masks[0].repeat(1, g)
+            for order in ORDERS:
+                got = fused.sequence_moments(*dirty, *masks, 0.6, order, precision="ieee")
+                want = [
+                    moments(x.double(), mask, 0.6, order, False)
+                    for x, mask in ((query.reshape(b, h, g * n, d), rows), (key, masks[1]))
+                ]
+                want = [torch.stack([x.mean for x in want]), torch.stack([x.second for x in want])]
+                fake = fused._shapes(*dirty, *masks, 0.6, order, "ieee")
+                results[f"{name}, {order}"] = {"error": relative(got, want), "fake": differences(got, fake)}
     x = torch.rand(1, 1, 30_000, 16, generator=torch.Generator().manual_seed(0)) + 1.0
     got = fused.sequence_moments(x, x, None, None, 1.0, "diagonal")
     want = moments(x.double(), None, 1.0, "diagonal", False)
@@ -186,10 +184,6 @@ def _spoilt(x, mask):
 def _same(a, b):
     """Whether two moments are the same bits."""
     return all(x is y if x is None or y is None else x.equal(y) for x, y in zip(a, b, strict=True))
-
-
-def _poisoned(x):
-    return x.fill_(float("nan") if x.is_floating_point() else 123)
 
 
 def in_the_library():

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from offline_kernels import SHARED_MEMORY, assemble, differences, run_program
+from offline_kernels import SHARED_MEMORY, assemble, differences, new_buffers, poisoned, run_program
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -217,10 +217,8 @@ class Guards:
 
     def __init__(self):
         self.kept = []
-        self.empty = torch.Tensor.new_empty
 
-    def new(self, like, *shape, **options):
-        x = self.empty(like, *shape, **options)
+    def new(self, x):
         if x.device.type != "cpu" or not x.is_floating_point():
             return x
         buffer = torch.full((x.numel() + 2 * self.SIZE,), float("nan"), dtype=x.dtype)
@@ -230,7 +228,7 @@ class Guards:
     def guarded(self, x):
         """The same numbers, tokens before heads."""
         packed = x.transpose(1, 2)
-        return self.new(packed, packed.shape).copy_(packed).transpose(1, 2)
+        return self.new(torch.empty_like(packed)).copy_(packed).transpose(1, 2)
 
     def touched(self):
         return sum(int((~x[: self.SIZE].isnan()).sum() + (~x[len(x) - self.SIZE :].isnan()).sum()) for x in self.kept)
@@ -245,9 +243,8 @@ def wrong_boundaries():
     operands[:3] = (guards.guarded(x) for x in operands[:3])
     query = torch.tensor([-7, 2, 50, 50, 1 << 40])
     key = torch.tensor([1 << 33, -4, 30, 35, 1 << 40])
-    torch.Tensor.new_empty = lambda *a, **k: guards.new(*a, **k)
-    errors = errors_of(operands, Sequences(query, key, 1000, 1000), [0, 2, 50, 50, 60], [0, 0, 30, 35, 50])
-    torch.Tensor.new_empty = guards.empty
+    with new_buffers(guards.new):
+        errors = errors_of(operands, Sequences(query, key, 1000, 1000), [0, 2, 50, 50, 60], [0, 0, 30, 35, 50])
     return {"guards": len(guards.kept), "touched": guards.touched(), "error": max(errors.values())}
 
 
@@ -281,27 +278,30 @@ def moments_of_sequences():
 
 
 def in_the_library(name):
-    import spectraformer as sf
-    from spectraformer import packed
-
     made, _ = VARIANTS[name]
     grouped = 2 if name == "posrf-orf" else 1
     # A matrix fitted to no queries at all is too large for the gradients of keys in float32.
     lengths = (3, *LENGTHS[1:]) if "aderf" in name else LENGTHS
-    ends, found, padded = [boundaries_of(x) for x in (lengths, OTHERS)], {}, []
+    query, key = (boundaries_of(x) for x in (lengths, OTHERS))
     shapes = ((sum(lengths), 2 * grouped, 16), (sum(OTHERS), 2, 16), (sum(OTHERS), 2, 24))
+    ends = {"cu_seqlens": query, "max_seqlen": 130, "cu_seqlens_key": key, "max_seqlen_key": 90}
+    return next_to_float64(name, made, shapes, **ends, enable_gqa=grouped > 1)
+
+
+def next_to_float64(name, made, shapes, **options):
+    """Errors of the library's function for packed tokens in float32, and whether it took padding."""
+    import spectraformer as sf
+    from spectraformer import packed
+
     tokens = [torch.randn(*x, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(shapes)]
-    places = packed._Places
+    found, padded, places = {}, [], packed._Places
     packed._Places = lambda *x: padded.append(x) or places(*x)
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
         feature_map = sf.FeatureMap(16, 24, *name.partition(",")[0].split("-"), **made).to(dtype).train()
         inputs = [x.to(dtype).requires_grad_() for x in tokens]
-        out = sf.packed_random_feature_attention(
-            *inputs, feature_map, ends[0], 130, cu_seqlens_key=ends[1], max_seqlen_key=90, enable_gqa=grouped > 1
-        )
-        learned = dict(feature_map.named_parameters())
-        given = dict(zip(NAMES, inputs, strict=False)) | learned
+        out = sf.packed_random_feature_attention(*inputs, feature_map, **options)
+        given = dict(zip(NAMES, inputs, strict=False)) | dict(feature_map.named_parameters())
         weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(dtype)
         gradients = torch.autograd.grad(out, list(given.values()), weight)
         running = [] if feature_map.running is None else [x.double() for x in feature_map.running.buffers()]
@@ -366,20 +366,12 @@ def interpret():
     # Enough to cut sequences in pieces; the interpreter runs programs one after another.
     for row in THIRTY_TWO_BIT.values():
         row.update({name: chosen._replace(programs=24) for name, chosen in row.items()})
-    # Every buffer a kernel is to fill starts as NaN: what is left unwritten shows.
-    empty = torch.Tensor.new_empty
-
-    def poisoned(*arguments, **options):
-        x = empty(*arguments, **options)
-        return x.fill_(float("nan") if x.is_floating_point() else 123)
-
-    torch.Tensor.new_empty = poisoned
-    results = {"kernels": {}}
-    for name, changes in CASES.items():
-        case = BASE | changes
-        results["kernels"][name] = errors_of(operands_of(**case), *sequences_of(case))
-    results["moments"] = moments_of_sequences()
-    torch.Tensor.new_empty = empty
+    with new_buffers(poisoned):
+        results = {"kernels": {}}
+        for name, changes in CASES.items():
+            case = BASE | changes
+            results["kernels"][name] = errors_of(operands_of(**case), *sequences_of(case))
+        results["moments"] = moments_of_sequences()
     results["wrong"] = wrong_boundaries()
     results["library"] = {name: in_the_library(name) for name in VARIANTS}
     results["fakes"] = fakes()

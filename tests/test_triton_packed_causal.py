@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from offline_kernels import differences, run_program
-from test_triton_causal import NAMES, exact_attention, operands_of
-from test_triton_packed import Guards, boundaries_of
+from offline_kernels import differences, new_buffers, poisoned, run_program
+from test_triton_causal import NAMES, exact_attention, operands_of, small_tiles
+from test_triton_packed import Guards, boundaries_of, next_to_float64
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -199,22 +199,8 @@ def steepest(case):
 
 
 def tiles():
-    """Errors with chunks of 64 tokens, of several tiles, and blocks of 16 landmarks."""
-    from spectraformer.ops.triton import causal_configurations as table
-    from spectraformer.ops.triton.launch import PLANS
-
-    row = table.THIRTY_TWO_BIT[32, 64]
-    shipped = dict(row)
-    row.update({name: x._replace(tokens=16, landmarks=16) for name, x in row.items()})
-    row["chunk_states"] = row["chunk_states"]._replace(tokens=64)
-    row["chunk_outputs"] = row["chunk_outputs"]._replace(tokens=32)
-    PLANS.clear()
-    try:
-        found = errors_of(*CASES["norms that grow"])
-    finally:
-        row.update(shipped)
-        PLANS.clear()
-    return found
+    with small_tiles():
+        return errors_of(*CASES["norms that grow"])
 
 
 def outside():
@@ -279,48 +265,23 @@ def wrong_boundaries():
     guards = Guards()
     operands, _ = packed_operands((60,), 2, 1, 16, 16, 16, {})
     operands[:3] = (guards.guarded(x) for x in operands[:3])
-    torch.Tensor.new_empty = lambda *a, **k: guards.new(*a, **k)
     right = torch.tensor([0, 2, 50, 50, 60])
     results = []
-    for wrong in ([-7, 2, 50, 50, 1 << 40], [50, 3, 90, -4, 20], [1 << 33, 0, 0, 0, 0]):
-        inputs = [x.detach().requires_grad_() for x in operands]
-        out, _ = causal_landmark_attention(*inputs, precision="ieee", boundaries=torch.tensor(wrong))
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
-        results.append(out.detach())
-    torch.Tensor.new_empty = guards.empty
+    with new_buffers(guards.new):
+        for wrong in ([-7, 2, 50, 50, 1 << 40], [50, 3, 90, -4, 20], [1 << 33, 0, 0, 0, 0]):
+            inputs = [x.detach().requires_grad_() for x in operands]
+            out, _ = causal_landmark_attention(*inputs, precision="ieee", boundaries=torch.tensor(wrong))
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+            results.append(out.detach())
     want, _ = causal_landmark_attention(*operands, precision="ieee", boundaries=right)
     error = ((results[0] - want).abs().max() / want.abs().max()).item()
     return {"guards": len(guards.kept), "touched": guards.touched(), "right": {"error": error}}
 
 
 def in_the_library(name):
-    import spectraformer as sf
-    from spectraformer import packed
-
-    made, _ = VARIANTS[name]
-    lengths, found, padded = (0, 1, 40, 33), {}, []
-    ends = boundaries_of(lengths)
-    tokens = [torch.randn(sum(lengths), 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    places = packed._Places
-    packed._Places = lambda *x: padded.append(x) or places(*x)
-    for dtype in (torch.float32, torch.float64):
-        torch.manual_seed(0)
-        feature_map = sf.FeatureMap(16, 24, *name.partition(",")[0].split("-"), **made).to(dtype).train()
-        inputs = [x.to(dtype).requires_grad_() for x in tokens]
-        out = sf.packed_random_feature_attention(*inputs, feature_map, ends, 40, is_causal=True)
-        given = dict(zip(NAMES, inputs, strict=False)) | dict(feature_map.named_parameters())
-        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(dtype)
-        gradients = torch.autograd.grad(out, list(given.values()), weight)
-        running = [] if feature_map.running is None else [x.double() for x in feature_map.running.buffers()]
-        found[dtype] = {"out": out} | dict(zip(given, gradients, strict=True)), running
-        if dtype == torch.float32:
-            was_padded = bool(padded)
-            assert out.is_contiguous()
-    packed._Places = places
-    (got, running), (want, expected) = found.values()
-    errors = {key: ((got[key] - x).abs().max() / x.abs().max()).item() for key, x in want.items()}
-    moved = max([0.0, *((x - y).abs().max().item() for x, y in zip(running, expected, strict=True))])
-    return {"padded": was_padded, "errors": errors, "running": moved}
+    lengths = (0, 1, 40, 33)
+    ends = {"cu_seqlens": boundaries_of(lengths), "max_seqlen": 40}
+    return next_to_float64(name, VARIANTS[name][0], [(sum(lengths), 2, 16)] * 3, **ends, is_causal=True)
 
 
 def own_boundaries():
@@ -379,18 +340,10 @@ def refusals():
 
 
 def interpret():
-    # Every buffer a kernel is to fill starts as NaN, or as a sequence that is not there: what is unwritten shows.
-    empty = torch.Tensor.new_empty
-
-    def poisoned(*arguments, **options):
-        x = empty(*arguments, **options)
-        return x.fill_(float("nan") if x.is_floating_point() else 123)
-
-    torch.Tensor.new_empty = poisoned
-    results = {"kernels": {name: errors_of(*case) for name, case in CASES.items()}, "tiles": tiles()}
-    results["steepest"] = steepest("norms that grow")
-    results["outside"] = outside()
-    torch.Tensor.new_empty = empty
+    with new_buffers(poisoned):
+        results = {"kernels": {name: errors_of(*case) for name, case in CASES.items()}, "tiles": tiles()}
+        results["steepest"] = steepest("norms that grow")
+        results["outside"] = outside()
     results |= {"wrong": wrong_boundaries(), "fakes": fakes(), "refused": refusals()}
     results |= {"compiled": compiled(), "twice": twice()}
     results["library"] = {name: in_the_library(name) for name in VARIANTS}

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from offline_kernels import SHARED_MEMORY, assemble, run_program
+from offline_kernels import SHARED_MEMORY, assemble, new_buffers, poisoned, run_program
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 # name: b, h, g, n, s, d, e, m, and what else is special
@@ -76,14 +76,7 @@ def interpret():
     from spectraformer.ops.triton.configurations import Configuration
     from spectraformer.ops.triton.launch import PLANS
 
-    # Every buffer a kernel is to fill starts as NaN: what is left unwritten shows.
-    empty, results = torch.Tensor.new_empty, {}
-
-    def poisoned(*arguments, **options):
-        x = empty(*arguments, **options)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    torch.Tensor.new_empty = poisoned
+    results = {}
 
     def compare(name, operands, sequences=None):
         found = []
@@ -95,11 +88,12 @@ def interpret():
         error = (found[0] - found[1]).abs().max() / found[0].abs().max()
         results[name] = {"error": error.item(), "launches": len(plan.launches)}
 
-    for name, (*sizes, special) in CASES.items():
-        compare(name, test_triton.operands_of(*sizes, special))
-    for name, changes in PACKED.items():
-        case = test_triton_packed.BASE | changes
-        compare(name, test_triton_packed.operands_of(**case), test_triton_packed.sequences_of(case)[0])
+    with new_buffers(poisoned):
+        for name, (*sizes, special) in CASES.items():
+            compare(name, test_triton.operands_of(*sizes, special))
+        for name, changes in PACKED.items():
+            case = test_triton_packed.BASE | changes
+            compare(name, test_triton_packed.operands_of(**case), test_triton_packed.sequences_of(case)[0])
     sys.stdout.write(json.dumps(results))
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from offline_kernels import SHARED_MEMORY, assemble, differences, run_program
+from offline_kernels import SHARED_MEMORY, assemble, differences, new_buffers, poisoned, run_program
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 # name: b, h, g, n, s, d, e, m, and what else is special
@@ -185,32 +185,29 @@ def interpret():
     # So few programs that some take several tiles and some heads several programs.
     configuration = trigonometric_plan.configuration
     trigonometric_plan.configuration = lambda *a: configuration(*a)._replace(programs=6)
-    # Every buffer a kernel is to fill starts as NaN: what is left unwritten shows.
-    empty = torch.Tensor.new_empty
-    torch.Tensor.new_empty = lambda *a, **k: _poisoned(empty(*a, **k))
-    results = {}
-    for name, (b, h, g, n, s, d, e, m, special) in CASES.items():
-        factor = special.get("factor", 0.3)
-        operands = [None if x is None else x.requires_grad_() for x in operands_of(b, h, g, n, s, d, e, m, special)]
-        present = [i for i, x in enumerate(operands) if x is not None]
-        out, unsafe = fused.trigonometric_attention(*operands, factor, precision="ieee")
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        got = torch.autograd.grad(out, [operands[i] for i in present], weight)
-        exact = [None if x is None else x.detach().double().requires_grad_() for x in operands]
-        want, flags, _ = reference(*exact, factor)
-        expected = torch.autograd.grad(want, [exact[i] for i in present], weight.double())
-        # A gradient that is 0 in truth, as of a single key, is measured on the scale of the others.
-        largest = max(x.abs().max().item() for x in expected)
-        errors = {"out": relative(out, want)}
-        for i, x, y in zip(present, got, expected, strict=True):
-            errors[NAMES[i]] = relative(x, y, largest)
-        results[name] = {
-            "contiguous": out.is_contiguous() and out.shape == (b, h * g, n, e) and out.dtype == torch.float32,
-            "relative": errors,
-            "unsafe": [int(unsafe.sum()), int((unsafe != flags).sum())],
-            "zero": [not x[0, 0].any() for x in (out, *got[:3])],
-        }
-    torch.Tensor.new_empty = empty
+    with new_buffers(poisoned):
+        results = {}
+        for name, (b, h, g, n, s, d, e, m, special) in CASES.items():
+            factor = special.get("factor", 0.3)
+            operands = [None if x is None else x.requires_grad_() for x in operands_of(b, h, g, n, s, d, e, m, special)]
+            present = [i for i, x in enumerate(operands) if x is not None]
+            out, unsafe = fused.trigonometric_attention(*operands, factor, precision="ieee")
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+            got = torch.autograd.grad(out, [operands[i] for i in present], weight)
+            exact = [None if x is None else x.detach().double().requires_grad_() for x in operands]
+            want, flags, _ = reference(*exact, factor)
+            expected = torch.autograd.grad(want, [exact[i] for i in present], weight.double())
+            # A gradient that is 0 in truth, as of a single key, is measured on the scale of the others.
+            largest = max(x.abs().max().item() for x in expected)
+            errors = {"out": relative(out, want)}
+            for i, x, y in zip(present, got, expected, strict=True):
+                errors[NAMES[i]] = relative(x, y, largest)
+            results[name] = {
+                "contiguous": out.is_contiguous() and out.shape == (b, h * g, n, e) and out.dtype == torch.float32,
+                "relative": errors,
+                "unsafe": [int(unsafe.sum()), int((unsafe != flags).sum())],
+                "zero": [not x[0, 0].any() for x in (out, *got[:3])],
+            }
     everything = {
         "cases": results,
         "fakes": check_fakes(fused),
@@ -227,10 +224,6 @@ def interpret():
     everything["compiled"] = compiled_equal()
     everything["library"], everything["others"] = in_the_library(fused)
     sys.stdout.write(json.dumps(everything))
-
-
-def _poisoned(x):
-    return x.fill_(float("nan") if x.is_floating_point() else 123)
 
 
 def check_fakes(fused):

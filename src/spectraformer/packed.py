@@ -40,8 +40,8 @@ def packed_random_feature_attention(
     Sequence i is the tokens from ``cu_seqlens[i]`` up to ``cu_seqlens[i + 1]``, as in the packed form of other
     attentions. The fused kernels of positive features read packed tokens as they are. All others, and features that
     translate tokens or map them by a fitted matrix, take sequences side by side with padding, which is exact: time and
-    memory are those of b sequences of the longest.
-    Nothing waits for a GPU, and a captured graph may be replayed with other boundaries.
+    memory are those of b sequences of the longest. Nothing waits for a GPU, and a captured graph may be replayed with
+    other boundaries.
 
     Args:
         query: Queries of all sequences, one after another.
@@ -152,9 +152,8 @@ def _attend(
 ) -> Tensor:  # (t, h * g, e)
     pair = feature_map(q, k, scale=scale, is_causal=is_causal, enable_gqa=True, sequences=sequences)
     assert isinstance(pair, Exponential)
-    attended = pair.attend(
-        drop_values(v, dropout_p), backend="triton", is_causal=is_causal, sequences=sequences
-    )  # fmt: skip
+    kept = drop_values(v, dropout_p)
+    attended = pair.attend(kept, backend="triton", is_causal=is_causal, sequences=sequences)
     return attended.out.to(v.dtype).squeeze(0).transpose(0, 1).contiguous()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -41,6 +41,16 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def told_apart(operands: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Operands as an autograd function may take them.
+
+    The compiler takes no tensor twice, and both sides may see the same landmarks.
+    """
+    if not torch.compiler.is_compiling():
+        return operands
+    return [None if x is None else x.view_as(x) for x in operands]
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from spectraformer.report.drawing import (
     saved_svg,
     spread,
 )
-from spectraformer.report.rows import Row, Section
+from spectraformer.report.rows import Row, Section, timed_records
 
 DASHES = ((), (6, 2), (2, 1.5), (8, 2, 2, 2), (4, 1.5, 1, 1.5, 1, 1.5))
 NAMED = 8  # more curves than that cannot be told apart: the others are grey
@@ -132,7 +132,7 @@ def _drawn(row: Row, panel: Panel) -> list[Record]:
     """All seeds; against time those that had one device to themselves, the same for all."""
     if panel.across == "step":
         return list(row.records)
-    return [record for record in row.records if row.device and record.content["steps_per_second"] is not None]
+    return timed_records(row.records) if row.device else []
 
 
 def _points(history: Sequence[Mapping[str, Any]], panel: Panel) -> dict[int, tuple[float, float]]:

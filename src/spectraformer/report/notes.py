@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from spectraformer.report.analysis import Analysis
-from spectraformer.report.rows import PARITY, Section, far_apart
+from spectraformer.report.rows import PARITY, Section, far_apart, timed_records
 from spectraformer.report.statistics import SEEDS, TEST_SET
 from spectraformer.report.table import ALONE, SPACE, three_digits
 
@@ -95,7 +95,7 @@ def _speed_notes(found: Analysis) -> list[str]:
     said = []
     for section in found.sections:
         for row in section.rows:
-            speeds = [speed for record in row.records if (speed := record.content["steps_per_second"])]
+            speeds = [record.content["steps_per_second"] for record in timed_records(row.records)]
             if row.device and far_apart(speeds):
                 low, high = (three_digits(speed) for speed in (min(speeds), max(speeds)))
                 said.append(f"{row.label} on {section.title}, {low} to {high} steps/s")

@@ -189,11 +189,9 @@ def _label(axes: Axes, front: Front) -> None:
     extent = axes.get_window_extent()
     wide, high = (72 * size / axes.figure.dpi for size in (extent.width, extent.height))
     to_axes = axes.transScale + axes.transLimits
-    wanted = [(row, cost) for row, cost in front.points if row.label in front.best or row.name == EXACT]
-    dots = [to_axes.transform((cost, 100 * row.test.mean)) * (wide, high) for row, cost in wanted]
-    every = [to_axes.transform((cost, 100 * row.test.mean)) * (wide, high) for row, cost in front.points]
-    corners = [place for place, (row, _) in zip(every, front.points, strict=True) if row.label in front.best]
-    line = _steps([(u, v) for u, v in corners], wide)
+    dots = [(row, *(to_axes.transform((cost, 100 * row.test.mean)) * (wide, high))) for row, cost in front.points]
+    line = _steps([(x, y) for row, x, y in dots if row.label in front.best], wide)
+    wanted = [dot for dot in dots if dot[0].label in front.best or dot[0].name == EXACT]
     taken: list[_Box] = []
 
     def write(text: str, box: _Box, colour: str) -> None:
@@ -205,11 +203,11 @@ def _label(axes: Axes, front: Front) -> None:
         text = f"{EXACT}: grows with every token"
         bottom = high * to_axes.transform((front.points[0][1], 100 * front.level))[1] + 2
         write(text, (2.0, bottom, 2.0 + _length(text), bottom + LINE), MUTED)
-    for (row, _), (x, y) in sorted(zip(wanted, dots, strict=True), key=lambda item: -item[1][1]):
+    for row, x, y in sorted(wanted, key=lambda dot: -dot[2]):
         text = shortened(row.label)
         boxes = [_beside(x, y, right, up, _length(text)) for right, up in SIDES]
         boxes = [b for b in boxes if b[0] >= -GAP and b[2] <= wide + GAP and b[1] >= 0 and b[3] <= high + GAP]
-        others = [*taken, *line, *((u, v, u, v) for u, v in every if (u, v) != (x, y))]
+        others = [*taken, *line, *((u, v, u, v) for _, u, v in dots if (u, v) != (x, y))]
         free = [box for box in boxes if not any(_overlap(box, other) for other in others)]
         if free:
             write(text, free[0], INK)

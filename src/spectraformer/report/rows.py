@@ -297,7 +297,7 @@ def _row(records: Sequence[Record], apart: tuple[str, ...], usual: bool, softmax
     contents = [record.content for record in records]
     counts = {content["parameters"] for content in contents}
     parameters = counts.pop() if len(counts) == 1 else None
-    timed = [record for record in records if record.content["steps_per_second"] is not None]
+    timed = timed_records(records)
     device = devices(timed)[0] if len(devices(timed)) == 1 else None
     speeds = [record.content["steps_per_second"] for record in timed if device]
     speed = seconds = None
@@ -333,6 +333,11 @@ def _row(records: Sequence[Record], apart: tuple[str, ...], usual: bool, softmax
         memory_kind=kind,
         state=state_numbers(records[0].run.attention, records[0].run.model),
     )
+
+
+def timed_records(records: Sequence[Record]) -> list[Record]:
+    """Those that had their device to themselves."""
+    return [record for record in records if record.content["steps_per_second"] is not None]
 
 
 def far_apart(speeds: Sequence[float]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectraformer.ops.graph import differentiable_once, is_exporting, is_plain
+from spectraformer.ops.graph import differentiable_once, is_exporting, is_plain, told_apart
 from spectraformer.ops.sequences import Sequences
 
 INSTALLED = find_spec("triton") is not None
@@ -123,10 +123,7 @@ def landmark_attention(
     ]
     packing = packing_of(sequences)
     if torch.is_grad_enabled() and True in [x is not None and x.requires_grad for x in operands]:
-        if torch.compiler.is_compiling():
-            # The compiler takes no tensor twice, and both sides may see the same landmarks.
-            operands = [None if x is None else x.view_as(x) for x in operands]
-        out: Tensor = _LandmarkAttention.apply(*operands, *packing[:2], (precision, *packing[2:]))
+        out: Tensor = _LandmarkAttention.apply(*told_apart(operands), *packing[:2], (precision, *packing[2:]))
         return out
     if not is_plain(*operands, *packing[:2]):
         forward: Tensor = torch.ops.spectraformer.landmark_attention(*operands, False, precision, *packing)[0]

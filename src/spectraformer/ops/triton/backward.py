@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.sequences import Sequences, extents
 from spectraformer.ops.triton.configurations import Configuration, choose, split
 from spectraformer.ops.triton.key_backward import key_gradient_kernel, key_landmark_gradient_kernel
-from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
+from spectraformer.ops.triton.launch import Launch, constants, padded_dim, product_type, strides
 from spectraformer.ops.triton.query_backward import (
     landmark_gradient_kernel,
     landmark_sums_kernel,
@@ -106,8 +105,7 @@ def plan_backward(
     def floats(*shape: int) -> Tensor:
         return new(shape, dtype=torch.float32)
 
-    # float16 would lose small probabilities and overflow with a scaled loss; its exponent range is too short here.
-    product = tl.float32 if key.dtype == torch.float32 else tl.bfloat16
+    product = product_type(key.dtype)
 
     def compile_time(chosen: Configuration, tokens: int, *, resident: bool = False) -> dict[str, Any]:
         found = constants(chosen, m, d, e, precision, resident=resident)

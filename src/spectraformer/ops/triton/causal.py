@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectraformer.ops.graph import differentiable_once, is_plain
+from spectraformer.ops.graph import differentiable_once, is_plain, told_apart
 from spectraformer.ops.streaming import AttentionState, empty_state
 from spectraformer.ops.triton import LIBRARY, OPERANDS, PRECISIONS, autocast_dtype, launching, with_unit_stride
 from spectraformer.ops.triton import refusals as refusals_of_any
@@ -108,10 +108,7 @@ def causal_landmark_attention(
         boundaries,
     )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-        if torch.compiler.is_compiling():
-            # The compiler takes no tensor twice, and both sides may see the same landmarks.
-            operands = tuple(None if x is None else x.view_as(x) for x in operands)
-        out, log_scale, sums = _CausalLandmarkAttention.apply(*operands, precision)
+        out, log_scale, sums = _CausalLandmarkAttention.apply(*told_apart(operands), precision)
         return out, AttentionState(log_scale, sums)
     plain = is_plain(*operands)
     if key.shape[2] == 1 and boundaries is None:

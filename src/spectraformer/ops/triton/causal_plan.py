@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_chunks import chunk_sequence_kernel, chunk_state_kernel, round_kernel
@@ -19,7 +18,7 @@ from spectraformer.ops.triton.causal_forward import chunk_output_kernel
 from spectraformer.ops.triton.causal_scan import scan_kernel
 from spectraformer.ops.triton.causal_steep import steep_output_kernel
 from spectraformer.ops.triton.configurations import Configuration
-from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
+from spectraformer.ops.triton.launch import Launch, constants, padded_dim, product_type, state_strides, strides
 
 # Elements of a tile of a scan, 8 a thread; chunks it loads ahead.
 SCAN_TILE, SCAN_WARPS, SCAN_STAGES = 1024, 4, 6
@@ -122,7 +121,6 @@ def compile_time(
     chosen: Configuration, found: Cut, m: int, d: int, e: int, precision: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Compile-time arguments of every kernel."""
-    product = tl.float32 if dtype == torch.float32 else tl.bfloat16
     fixed = constants(chosen, m, d, e, precision)
     fixed["D_PADDED"] = columns_of(d, dtype)
     fixed["E_PADDED"] = columns_of(e if dtype == torch.float32 else max(d, e), dtype)
@@ -130,7 +128,7 @@ def compile_time(
     queries = max(16, min(found.chunk, STEEP_TILE // max(found.chunk, fixed["D_PADDED"], fixed["E_PADDED"])))
     return fixed | {
         "CHUNK": found.chunk,
-        "PRODUCT": product,
+        "PRODUCT": product_type(dtype),
         "ROWS": found.rows,
         "COLUMNS": found.columns,
         "ROW_BLOCKS": found.row_blocks,
@@ -265,9 +263,7 @@ def plan_forward(
         "part_peak": floats(b * h, chunks, m),
         "log_scale": log_scale,
         "sums": sums,
-        # A row of the last dimension of log_scale is a landmark: strides() gives batch and head.
-        **strides(log_scale=log_scale),
-        **({"sums_batch": 0, "sums_head": 0, "sums_row": 0} if sums is None else strides(sums=sums)),
+        **state_strides(log_scale, sums),
         "log_scale_after": after_scale,
         "sums_after": after_sums,
         "out": out,

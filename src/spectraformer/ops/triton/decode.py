@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_tiles import finite, positive
-from spectraformer.ops.triton.launch import Launch, padded_dim, strides
+from spectraformer.ops.triton.launch import Launch, padded_dim, state_strides, strides
 from spectraformer.ops.triton.tiles import LOG2_E, load_tile
 
 # Elements of a tile of landmarks x head dim or value dim; value dims of a program: heads alone are few programs.
@@ -188,8 +188,8 @@ def plan_step(
     found = {
         **{name: x for name, x in of_tokens.items() if not name.endswith("_row")},
         **strides(query_landmarks=query_landmarks, key_landmarks=key_landmarks, landmark_bias=landmark_bias),
-        **strides(key_bias=key_bias, key_quadratic=key_quadratic, log_scale=log_scale),
-        **({"sums_batch": 0, "sums_head": 0, "sums_row": 0} if sums is None else strides(sums=sums)),
+        **strides(key_bias=key_bias, key_quadratic=key_quadratic),
+        **state_strides(log_scale, sums),
     }
     launch = Launch(
         step_kernel,

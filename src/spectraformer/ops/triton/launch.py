@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.configurations import Configuration
@@ -75,6 +76,19 @@ def strides(**tensors: Tensor | None) -> dict[str, int]:
         for i, dimension in enumerate(dimensions):
             found[f"{name}_{dimension}"] = 0 if x is None or (i < 2 and x.shape[i] == 1) else x.stride(i)
     return found
+
+
+def state_strides(log_scale: Tensor | None, sums: Tensor | None) -> dict[str, int]:
+    """Strides of a causal state (b, h, m) and (b, h, m, e + 1); a row of the last dimension of log_scale is a landmark.
+
+    Unlike one tensor, a state that is not there has a stride of rows too.
+    """
+    return {"sums_row": 0} | strides(log_scale=log_scale, sums=sums)
+
+
+def product_type(dtype: torch.dtype) -> Any:
+    """Of what a backward multiplies: float16 loses small probabilities and overflows with a scaled loss."""
+    return tl.float32 if dtype == torch.float32 else tl.bfloat16
 
 
 def padded_dim(size: int) -> int:

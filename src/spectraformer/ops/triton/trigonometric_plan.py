@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from spectraformer.ops.triton.configurations import HEAD_DIMS, Configuration, bucket, split
-from spectraformer.ops.triton.launch import Launch, constants, padded_dim, strides
+from spectraformer.ops.triton.launch import Launch, constants, padded_dim, product_type, strides
 from spectraformer.ops.triton.trigonometric_backward import (
     trigonometric_key_backward_kernel,
     trigonometric_query_backward_kernel,
@@ -200,8 +199,7 @@ def plan_backward(
     groups = query_heads // h
     e, m = value.shape[-1], rows.shape[-2]
     padded = state.value.shape[2]
-    # float16 would overflow with a scaled loss.
-    product = tl.float32 if key.dtype == torch.float32 else tl.bfloat16
+    product = product_type(key.dtype)
 
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
