@@ -84,6 +84,8 @@ def disturbed(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
     chance = random.Random(arguments.seed)
     killed = {"worker": 0, "driver": 0}
     seen: dict[Path, tuple[int, int]] = {}
+    # The last tenth is left in peace, and a run of every worker: so many may end between two looks.
+    troubled = max(1, min(0.9 * arguments.runs, arguments.runs - arguments.workers))
     driver = start(folder, arguments)
     try:
         while True:
@@ -96,8 +98,8 @@ def disturbed(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
                 break
             if driver.poll() is not None:
                 raise SystemExit(f"the driver ended by itself: {folder.with_suffix('.log').read_text()[-2000:]}")
-            # Kills go in step with what is done, so that each finds something to kill; the last tenth is left in peace.
-            if kills >= arguments.kills * (len(seen) + 1) / (0.9 * arguments.runs):
+            # Kills go in step with what is done, so that each finds something to kill.
+            if kills >= arguments.kills * (len(seen) + 1) / troubled:
                 continue
             processes = descendants(driver.pid)
             if (kills + 1) % DRIVER != DRIVER // 2:
