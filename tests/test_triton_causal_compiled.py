@@ -59,9 +59,13 @@ def test_every_kernel_compiles_with_every_operand_and_uneven_sizes(compiled):
 
 
 def compile_all():
+    from spectraformer.ops.triton import causal_plan
     from spectraformer.ops.triton.causal_backward import Wanted, plan_backward
     from spectraformer.ops.triton.causal_plan import plan_forward
     from spectraformer.ops.triton.decode import plan_step
+
+    # Stretches have tests of their own.
+    causal_plan.choose_stretches = lambda *_: None
 
     meta = functools.partial(torch.empty, device="meta")
     results = {}

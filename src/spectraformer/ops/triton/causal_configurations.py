@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from spectraformer.ops.triton.configurations import Configuration, bucket
@@ -59,3 +61,70 @@ def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Conf
     table = THIRTY_TWO_BIT if dtype == torch.float32 else SIXTEEN_BIT
     row = table[bucket(head_dim, HEAD_DIMS), bucket(landmarks, LANDMARKS)]
     return row[name]._replace(tokens=min(row[name].tokens, row[PASSES[0]].tokens))
+
+
+# Head and value dims, and landmarks, up to which stretches are taken.
+STRETCH_DIM, STRETCH_LANDMARKS = 128, 256
+# Stretches but the first few have a multiple of so many tokens, of chunks; the second ends after so many tiles.
+LEAST_STRETCH, MIDDLE = 512, 16
+# States of earlier stretches that a program merges at most, and programs below which chunks side by side are faster.
+MOST_STRETCHES, LEAST_PROGRAMS = 32, 128
+
+
+class Stretches(NamedTuple):
+    """How a sequence is cut into stretches, see ``tiles.piece_bounds``.
+
+    Attributes:
+        number: How many there are.
+        span: Tokens of those that are as long as any.
+        middle: Tokens before the end of the second.
+    """
+
+    number: int
+    span: int
+    middle: int
+
+
+def choose_stretches(dtype: torch.dtype, head_dim: int, landmarks: int) -> Configuration | None:
+    """The configuration of the forward by stretches; None where only states of all chunks fit.
+
+    Args:
+        dtype: As in choose.
+        head_dim: As in choose.
+        landmarks: Number of landmarks m.
+    """
+    if dtype == torch.float32 or head_dim > STRETCH_DIM or landmarks > STRETCH_LANDMARKS:
+        return None
+    # Twice as many would not leave their state in registers.
+    block = 64 if head_dim > 64 or landmarks <= 64 else 128
+    return Configuration(block, 64, 4, 1 if head_dim > 64 else 2 if head_dim * block > 32 * 128 else 3)
+
+
+def cut_stretches(tokens: int, independent: int, configuration: Configuration) -> Stretches | None:
+    """Stretches to cut a sequence into; None if programs are too few that way.
+
+    Args:
+        tokens: Length of the sequence, >= 1.
+        independent: Programs there are without cutting.
+        configuration: Gives the tile and the number of programs that a GPU has room for.
+    """
+    room = configuration.programs
+
+    def filled(long: int) -> float:
+        """How much of the rounds of programs is filled, and a little for fewer stretches."""
+        return independent * long / (-(-independent * long // room) * room) - 0.01 * long
+
+    wanted = max(range(1, min(MOST_STRETCHES, -(-2 * room // independent)) + 1), key=filled)
+    span = max(LEAST_STRETCH, -(-tokens // (wanted * LEAST_STRETCH)) * LEAST_STRETCH)
+    long = -(-tokens // span)
+    if independent * long < LEAST_PROGRAMS:
+        return None
+    return Stretches(*count_stretches(tokens, span, configuration.tokens))
+
+
+def count_stretches(tokens: int, span: int, tile: int) -> tuple[int, int, int]:
+    """As Stretches, of a given span."""
+    middle = min(MIDDLE * tile, span)
+    if tokens <= middle:
+        return (1 if tokens <= tile else 2), span, middle
+    return -(-tokens // span) + (2 if middle < span else 1), span, middle

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_chunks import chunk_sequence_kernel, chunk_state_kernel, round_kernel
-from spectraformer.ops.triton.causal_configurations import PASSES, choose
+from spectraformer.ops.triton.causal_configurations import PASSES, choose, choose_stretches, cut_stretches
 from spectraformer.ops.triton.causal_forward import chunk_output_kernel
 from spectraformer.ops.triton.causal_scan import scan_kernel
 from spectraformer.ops.triton.causal_steep import steep_output_kernel
@@ -237,6 +237,22 @@ def plan_forward(
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
     found = cut(key, value, m, boundaries, configurations)
+    whole = choose_stretches(key.dtype, max(d, e), m) if boundaries is None and configurations is None else None
+    stretches = None if whole is None else cut_stretches(n, b * query_heads, whole)
+    if whole is not None and stretches is not None:
+        from spectraformer.ops.triton.causal_stretch_plan import plan_stretches
+
+        operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
+        return plan_stretches(
+            *operands,
+            log_scale,
+            sums,
+            needs_backward=needs_backward,
+            precision=precision,
+            chosen=whole,
+            stretches=stretches,
+            found=found,
+        )
     chunks, items = found.chunks, b * found.sequences
 
     def floats(*shape: int) -> Tensor:

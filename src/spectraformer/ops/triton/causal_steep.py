@@ -40,6 +40,53 @@ def logits_of(x, landmark):
     return tl.sum(x.to(tl.float32) * landmark[None, :], 1) * LOG2_E
 
 
+@triton.jit
+def attend_steeply(
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+    entering_mean,  # (m, e), before the chunk
+    log_sum,  # (m,) float32, units of log 2
+    out, query_log_sum, token,  # where tokens of the query head begin in both
+    start, end, steep, query_row, key_row, value_row, query_landmarks_row, key_landmarks_row,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one chunk of one query head, if it is steep."""
+    row, row_q = tl.arange(0, TOKENS), tl.arange(0, QUERIES)
+    element = key.dtype.element_ty
+    for skip in range(0, tl.where(steep, TOKENS, 0), QUERIES):
+        first = start + skip
+        offset = tl.cast(first, tl.int64)
+        visible = row[None, :] <= (skip + row_q)[:, None]
+        top = tl.full((QUERIES,), float("-inf"), tl.float32)
+        mass = tl.zeros((QUERIES,), tl.float32)
+        mean = tl.zeros((QUERIES, E_PADDED), tl.float32)
+        scores = tl.zeros((QUERIES, TOKENS), tl.float32)
+        for landmark in range(M):
+            k, weight, _present = load_keys(key, key_bias, key_quadratic, start, key_row, row, end - start, D, D_PADDED)
+            w = load_vector(key_landmarks + landmark * key_landmarks_row, D, D_PADDED).to(element).to(tl.float32)
+            of_keys = logits_of(k, w) + weight
+            q = load_tile(query + offset * query_row, row_q, query_row, end - first, D, D_PADDED)
+            u = load_vector(query_landmarks + landmark * query_landmarks_row, D, D_PADDED).to(element).to(tl.float32)
+            of_queries = logits_of(q, u) + tl.load(landmark_bias + landmark) * LOG2_E
+            past = of_queries + tl.load(log_sum + landmark)
+            pairs = tl.where(visible, of_queries[:, None] + of_keys[None, :], float("-inf"))
+            higher = tl.maximum(tl.maximum(top, past), tl.max(pairs, 1))
+            shrink, p = tl.exp2(top - finite(higher)), tl.exp2(past - finite(higher))
+            o = load_vector(entering_mean + landmark * E, E, E_PADDED)
+            mass = mass * shrink + p
+            mean = mean * shrink[:, None] + p[:, None] * o[None, :]
+            scores = scores * shrink[:, None] + tl.exp2(pairs - finite(higher)[:, None])
+            top = higher
+        _key, _weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, end - start, D, D_PADDED)
+        v = load_rows(value + tl.cast(start, tl.int64) * value_row, row, value_row, present, E, E_PADDED)
+        mass += tl.sum(scores, 1)
+        mean += tl.dot(scores.to(PRODUCT), v.to(PRODUCT), input_precision=PRECISION)
+        at = token + first
+        store_tile(out + at * E, row_q, E, end - first, mean * (1.0 / positive(mass))[:, None], E, E_PADDED)
+        if query_log_sum is not None:
+            tl.store(query_log_sum + at + row_q, log_sum_exp(finite(top), mass), mask=row_q < end - first)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def steep_output_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
@@ -78,42 +125,12 @@ def steep_output_kernel(
         key_bias += batch * key_bias_batch + head * key_bias_head
     if key_quadratic is not None:
         key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
-    row, row_q = tl.arange(0, TOKENS), tl.arange(0, QUERIES)
     for chunk in range(part, count, spread):
         steep = load_steepest(steepest + chunk * ROW_BLOCKS, ROW_BLOCKS, ROW_BLOCKS_PADDED) > SUDDEN
         start, place = begin + chunk * TOKENS, first_place + chunk
-        for skip in range(0, tl.where(steep, TOKENS, 0), QUERIES):
-            first = start + skip
-            offset = tl.cast(first, tl.int64)
-            visible = row[None, :] <= (skip + row_q)[:, None]
-            top = tl.full((QUERIES,), float("-inf"), tl.float32)
-            mass = tl.zeros((QUERIES,), tl.float32)
-            mean = tl.zeros((QUERIES, E_PADDED), tl.float32)
-            scores = tl.zeros((QUERIES, TOKENS), tl.float32)
-            for landmark in range(M):
-                k, weight, _present = load_keys(
-                    key, key_bias, key_quadratic, start, key_row, row, end - start, D, D_PADDED
-                )
-                of_keys = logits_of(k, load_vector(key_landmarks + landmark * D, D, D_PADDED)) + weight
-                q = load_tile(query + offset * query_row, row_q, query_row, end - first, D, D_PADDED)
-                of_queries = logits_of(q, load_vector(query_landmarks + landmark * D, D, D_PADDED))
-                of_queries += tl.load(landmark_bias + landmark) * LOG2_E
-                past = of_queries + tl.load(log_sum + (first_row + chunk) * M + landmark)
-                pairs = tl.where(visible, of_queries[:, None] + of_keys[None, :], float("-inf"))
-                higher = tl.maximum(tl.maximum(top, past), tl.max(pairs, 1))
-                shrink, p = tl.exp2(top - finite(higher)), tl.exp2(past - finite(higher))
-                o = load_vector(entering_mean + (place * M + landmark) * E, E, E_PADDED)
-                mass = mass * shrink + p
-                mean = mean * shrink[:, None] + p[:, None] * o[None, :]
-                scores = scores * shrink[:, None] + tl.exp2(pairs - finite(higher)[:, None])
-                top = higher
-            _key, _weight, present = load_keys(
-                key, key_bias, key_quadratic, start, key_row, row, end - start, D, D_PADDED
-            )  # fmt: skip
-            v = load_rows(value + tl.cast(start, tl.int64) * value_row, row, value_row, present, E, E_PADDED)
-            mass += tl.sum(scores, 1)
-            mean += tl.dot(scores.to(PRODUCT), v.to(PRODUCT), input_precision=PRECISION)
-            at = (flat * groups + group) * n + first
-            store_tile(out + at * E, row_q, E, end - first, mean * (1.0 / positive(mass))[:, None], E, E_PADDED)
-            if query_log_sum is not None:
-                tl.store(query_log_sum + at + row_q, log_sum_exp(finite(top), mass), mask=row_q < end - first)
+        attend_steeply(
+            query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+            entering_mean + place * M * E, log_sum + (first_row + chunk) * M, out, query_log_sum,
+            (flat * groups + group) * n, start, end, steep, query_row, key_row, value_row, D, D,
+            M, D, E, D_PADDED, E_PADDED, TOKENS, QUERIES, PRECISION, PRODUCT,
+        )  # fmt: skip

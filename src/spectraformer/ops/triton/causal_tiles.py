@@ -12,7 +12,8 @@ from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_key_bias
 
 # Sizes that must not compile a kernel anew when they change.
 SIZES = (
-    "heads", "groups", "n", "chunks", "pieces", "span", "spread", "query_heads", "key_heads", "of_queries", "sequences",
+    "heads", "groups", "n", "chunks", "pieces", "span", "middle", "stretches", "m_padded", "spread", "query_heads",
+    "key_heads", "of_queries", "sequences",
 )  # fmt: skip
 LN_2 = tl.constexpr(0.6931471805599453)
 # In units of log 2. Features of queries lose what is below 2^-126, so a sum of m c terms, itself at least 1, loses at

@@ -90,9 +90,11 @@ def plan_forward(
                 "heads": h,
                 "s": s,
                 "span": span,
+                "middle": 0,
                 "pieces": pieces,
             },
-            key_constants | {"ONE_PIECE": pieces == 1, "FIXED_REFERENCE": fixed, "EVEN": even and s % keys.tokens == 0},
+            key_constants
+            | {"EARLY": 0, "ONE_PIECE": pieces == 1, "FIXED_REFERENCE": fixed, "EVEN": even and s % keys.tokens == 0},
             keys.warps,
             keys.registers,
         )

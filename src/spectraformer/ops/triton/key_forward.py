@@ -25,6 +25,7 @@ from spectraformer.ops.triton.tiles import (
     load_keys,
     load_tile,
     merge_pieces,
+    piece_bounds,
     sequence_bounds,
     store_tile,
 )
@@ -60,7 +61,9 @@ def key_kernel(
     heads,
     s,
     span,
+    middle,
     pieces,
+    EARLY: tl.constexpr,
     ONE_PIECE: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -82,8 +85,7 @@ def key_kernel(
     flat = tl.cast(program // (BLOCKS * pieces), tl.int64)
     batch, head = flat // heads, flat % heads
     begin, length = sequence_bounds(key_boundaries, batch, s)
-    first = piece * span
-    last = tl.minimum(first + span, length)
+    first, last = piece_bounds(piece, span, middle, length, EARLY)
     key += batch * key_batch + head * key_head + begin * key_row
     value += batch * value_batch + head * value_head + begin * value_row
     key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head

@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Sizes that must not compile a kernel anew when they change.
-SIZES = ("heads", "groups", "n", "s", "pieces", "key_pieces", "m_padded", "m_padded_forward")
+SIZES = ("heads", "groups", "n", "s", "pieces", "key_pieces", "middle", "m_padded", "m_padded_forward")
 
 # Sums relative to a fixed reference are exact in between: what underflows, at 2^-126 a term, is below 2^-20 of them.
 LEAST_MASS = tl.constexpr(2.0**-80)
@@ -133,6 +133,22 @@ def load_keys(
     k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
     v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
     return k, v, key_log_weight(k, weight, key_quadratic, D, D_PADDED)
+
+
+@triton.jit
+def piece_bounds(piece, span, middle, length, EARLY: tl.constexpr):
+    """First token and end of a piece of span tokens.
+
+    With EARLY, pieces are of EARLY tokens, up to middle, up to span, then of span tokens each; where middle is span,
+    there is no third.
+    """
+    begin = piece * span
+    end = begin + span
+    if EARLY:
+        regular = piece - tl.where(middle < span, 2, 1)
+        begin = tl.where(piece == 0, 0, tl.where(piece == 1, EARLY, tl.maximum(regular * span, middle)))
+        end = tl.where(piece == 0, EARLY, tl.where(piece == 1, middle, (regular + 1) * span))
+    return begin, tl.minimum(end, length)
 
 
 @triton.jit

@@ -1,0 +1,239 @@
+# mypy: disable-error-code="misc,assignment,import-untyped,import-not-found,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+r"""Tiles of stretches whose sums left the range of one reference, computed again, for any finite input.
+
+The state is brought along in memory with a reference of its own for every tile, from the beginning of the stretch; the
+outputs of a tile that went beyond the range, and no others, are computed again, landmark by landmark. So the output of
+a query keeps its bits whatever comes after its tile. Where no sum left the range, only the state after the last key is
+brought to its log-sum-exp.
+
+``chunk_rise_kernel`` says what the backward wants to know of every chunk.
+
+Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks, d head dim, e value dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spectraformer.ops.triton.causal_steep import attend_steeply
+from spectraformer.ops.triton.causal_stretches import (
+    LEAST_MASS,
+    MOST_MASS,
+    MOST_TOTAL,
+    first_logit,
+    load_tokens,
+    merge_stretches,
+    store_state,
+)
+from spectraformer.ops.triton.causal_tiles import LN_2, SIZES, load_keys, log2, positive
+from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_tile, piece_bounds, store_tile
+
+# Rises of so many chunks are found at once.
+RISES = tl.constexpr(32)
+
+
+@triton.jit
+def in_range(query_mass, start, end, SIZE: tl.constexpr):
+    """Whether sums of weights of queries from start to end, SIZE at most, are all in the range; a NaN is not."""
+    row = start + tl.arange(0, SIZE)
+    mass = tl.load(query_mass + row, mask=row < end, other=1.0)
+    good = (mass > LEAST_MASS) & (mass < MOST_MASS)
+    return tl.min(good.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def store_after(
+    mean, log_sum, log_scale_after, sums_after, inside, landmark,
+    M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The state after the last key, relative to its log-sum-exp (in natural units): sums of weights are 1, or 0."""
+    total = tl.where(log_sum == float("-inf"), 0.0, 1.0)
+    store_state(mean, log_sum * LN_2, log_scale_after, sums_after, total, inside, landmark, M, E, E_PADDED)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def careful_stretch_kernel(
+    query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+    partial_value, partial_peak, partial_total, log_scale, sums,  # as in stretch_kernel, as most of what follows
+    query_mass, peak_total,
+    careful_mean,  # (b h g, stretches, m, e) float32: room for a state
+    careful_log_sum,  # (b h g, stretches, m) float32, units of log 2
+    out, query_log_sum, entering_mean, log_sum, log_scale_after, sums_after,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    query_landmarks_batch, query_landmarks_head, query_landmarks_row, key_landmarks_batch, key_landmarks_head,
+    key_landmarks_row, landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch,
+    key_quadratic_head, log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, groups, n, chunks,
+    span, middle, stretches, m_padded,
+    M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, QUERIES: tl.constexpr,
+    AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """One stretch of one query head."""
+    program = tl.program_id(0)
+    query_heads = tl.num_programs(0) // stretches
+    stretch = stretches - 1 - program // query_heads
+    flat_query = tl.cast(program % query_heads, tl.int64)
+    flat, group = flat_query // groups, flat_query % groups
+    batch, head = flat // heads, flat % heads
+    begin, end = piece_bounds(stretch, span, middle, n, TOKENS)
+    query_mass += flat_query * n
+    # Not "> MOST_TOTAL": a NaN is out of range.
+    peak_total += (flat_query * stretches + stretch) * BLOCKS
+    good = tl.load(peak_total) <= MOST_TOTAL
+    for block in tl.static_range(1, BLOCKS):
+        good = good & (tl.load(peak_total + block) <= MOST_TOTAL)
+    for start in range(begin, end, AT_ONCE):
+        good = good & in_range(query_mass, start, end, AT_ONCE)
+    landmark = tl.arange(0, ALL)
+    inside = landmark < M
+    final = (stretch == stretches - 1) & (group == 0)
+    log_scale_after += flat * M
+    sums_after += flat * M * (E + 1)
+    if query_log_sum is not None:
+        entering_mean += flat * chunks * M * E
+        log_sum += flat * (chunks + 1) * M
+    if good:
+        if final:
+            state = load_tile(sums_after, landmark, E + 1, M, E, E_PADDED)
+            total = tl.load(sums_after + landmark * (E + 1) + E, mask=inside, other=0.0)
+            reference = tl.load(log_scale_after + landmark, mask=inside, other=0.0)
+            tl.debug_barrier()
+            after = tl.where(total == 0.0, float("-inf"), reference + log2(positive(total)))
+            mean = state * (1.0 / positive(total))[:, None]
+            store_after(mean, after, log_scale_after, sums_after, inside, landmark, M, E, E_PADDED)
+            if query_log_sum is not None:
+                tl.store(log_sum + chunks * M + landmark, after, mask=inside)
+        return
+
+    query += batch * query_batch + (head * groups + group) * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    query_landmarks += batch * query_landmarks_batch + head * query_landmarks_head
+    key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
+    landmark_bias += batch * landmark_bias_batch + head * landmark_bias_head
+    if key_bias is not None:
+        key_bias += batch * key_bias_batch + head * key_bias_head
+    if key_quadratic is not None:
+        key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
+    if log_scale is not None:
+        log_scale += batch * log_scale_batch + head * log_scale_head
+        sums += batch * sums_batch + head * sums_head
+    careful_mean += (flat_query * stretches + stretch) * M * E
+    careful_log_sum += (flat_query * stretches + stretch) * M
+
+    w = load_tile(key_landmarks, landmark, key_landmarks_row, M, D, D_PADDED).to(key.dtype.element_ty)
+    place = flat * (stretches - 1) * m_padded
+    mean, before = merge_stretches(
+        partial_value + place * E, partial_peak + place, partial_total + place, log_scale, sums, sums_row, stretch,
+        m_padded, landmark, M, E, E_PADDED,
+    )  # fmt: skip
+    store_tile(careful_mean, landmark, E, M, mean, E, E_PADDED)
+    tl.store(careful_log_sum + landmark, before, mask=inside)
+    tl.debug_barrier()  # the state is read by others than wrote it, here and below
+    # What the stretch is relative to, see stretch_kernel.
+    fixed = before
+    for start in range(begin, end, TOKENS):
+        _q, k, v, bias = load_tokens(
+            query, key, value, key_bias, query_row, key_row, value_row, start, n, D, E, D_PADDED, E_PADDED, TOKENS,
+            False,
+        )  # fmt: skip
+        weight = key_log_weight(k, bias, key_quadratic, D, D_PADDED)
+        logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
+        before = tl.load(careful_log_sum + landmark, mask=inside, other=0.0)
+        mean = load_tile(careful_mean, landmark, E, M, E, E_PADDED)
+        if query_log_sum is not None:  # noqa: SIM102 - known when compiled
+            if (start % CHUNK == 0) & (group == 0):
+                chunk = tl.cast(start // CHUNK, tl.int64)
+                store_tile(entering_mean + chunk * M * E, landmark, E, M, mean, E, E_PADDED)
+                tl.store(log_sum + chunk * M + landmark, before, mask=inside)
+        # Relative to the highest logit there has been.
+        alone = before == float("-inf")
+        if start == begin:
+            fixed = tl.where(alone, first_logit(logits, bias), before)
+        reference = tl.maximum(before, tl.max(logits, 1))
+        reference = tl.where(reference == float("-inf"), 0.0, reference)
+        kept = tl.exp2(before - reference)
+        features = tl.exp2(logits - reference[:, None])
+        total = kept + tl.sum(features, 1)
+        after = tl.where(total == 0.0, float("-inf"), reference + log2(positive(total)))
+        rise = tl.max(tl.where(inside, after - fixed, float("-inf")), 0)
+        good = (tl.exp2(rise) <= MOST_TOTAL) & in_range(query_mass, start, end, TOKENS)
+        attend_steeply(
+            query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, careful_mean,
+            careful_log_sum, out, query_log_sum, flat_query * n, start, n, good == 0, query_row, key_row, value_row,
+            query_landmarks_row, key_landmarks_row,
+            M, D, E, D_PADDED, E_PADDED, TOKENS, QUERIES, PRECISION, PRODUCT,
+        )  # fmt: skip
+        mean = tl.dot(features.to(PRODUCT), v.to(PRODUCT), mean * kept[:, None], input_precision=PRECISION)
+        mean *= (1.0 / positive(total))[:, None]
+        tl.debug_barrier()
+        store_tile(careful_mean, landmark, E, M, mean, E, E_PADDED)
+        tl.store(careful_log_sum + landmark, after, mask=inside)
+        tl.debug_barrier()
+    if final:
+        mean = load_tile(careful_mean, landmark, E, M, E, E_PADDED)
+        after = tl.load(careful_log_sum + landmark, mask=inside, other=0.0)
+        store_after(mean, after, log_scale_after, sums_after, inside, landmark, M, E, E_PADDED)
+        if query_log_sum is not None:
+            tl.store(log_sum + chunks * M + landmark, after, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def chunk_rise_kernel(
+    key, key_landmarks, key_bias, key_quadratic,
+    log_sum,  # (b h, chunks + 1, m) float32, units of log 2: before each chunk and after the last
+    first,  # (b h, chunks, m) float32, units of log 2: logits of the first key, written where none is before the chunk
+    steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2: rises of log-sum-exps; last: the most
+    key_batch, key_head, key_row, key_landmarks_batch, key_landmarks_head, key_landmarks_row, key_bias_batch,
+    key_bias_head, key_quadratic_batch, key_quadratic_head, heads, n, chunks,
+    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ALL: tl.constexpr, CHUNK: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One key head. A log-sum-exp rises by no less than the highest logit of the chunk rises above its past."""
+    flat = tl.cast(tl.program_id(0), tl.int64)
+    batch, head = flat // heads, flat % heads
+    key += batch * key_batch + head * key_head
+    key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
+    if key_bias is not None:
+        key_bias += batch * key_bias_batch + head * key_bias_head
+    if key_quadratic is not None:
+        key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
+    log_sum += flat * (chunks + 1) * M
+    first += flat * chunks * M
+    steepest += flat * (chunks + 1) * ROW_BLOCKS
+    row, landmark = tl.arange(0, CHUNK), tl.arange(0, ALL)
+    inside = landmark < M
+    part = tl.arange(0, ROW_BLOCKS_PADDED)
+    begin = 0
+    empty = tl.min(tl.load(log_sum + landmark, mask=inside, other=0.0), 0) == float("-inf")
+    while empty:
+        start = begin * CHUNK
+        w = load_tile(key_landmarks, landmark, key_landmarks_row, M, D, D_PADDED).to(key.dtype.element_ty)
+        k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, n - start, D, D_PADDED)
+        logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
+        alone = first_logit(logits, tl.where(present, 0.0, float("-inf")))
+        tl.store(first + begin * M + landmark, alone, mask=inside)
+        begin += 1
+        empty = begin < chunks
+        if empty:
+            before = tl.load(log_sum + begin * M + landmark, mask=inside, other=0.0)
+            empty = tl.min(before, 0) == float("-inf")
+    tl.debug_barrier()  # others than wrote it read it
+    most = tl.full((RISES,), float("-inf"), tl.float32)
+    for start in range(0, chunks, RISES):
+        chunk = start + tl.arange(0, RISES)
+        there = (chunk < chunks)[:, None] & inside[None, :]
+        place = chunk[:, None] * M + landmark[None, :]
+        before = tl.load(log_sum + place, mask=there, other=0.0)
+        after = tl.load(log_sum + place + M, mask=there, other=float("-inf"))
+        alone = tl.load(first + place, mask=there & (before == float("-inf")), other=0.0)
+        rise = after - tl.where(before == float("-inf"), alone, before)
+        rise = tl.max(tl.where(there & (after != float("-inf")), rise, float("-inf")), 1)
+        most = tl.maximum(most, rise)
+        blocks = tl.where(part[None, :] == 0, rise[:, None], float("-inf"))
+        wanted = (chunk < chunks)[:, None] & (part < ROW_BLOCKS)[None, :]
+        tl.store(steepest + chunk[:, None] * ROW_BLOCKS + part[None, :], blocks, mask=wanted)
+    blocks = tl.where(part == 0, tl.max(most, 0), float("-inf"))
+    tl.store(steepest + chunks * ROW_BLOCKS + part, blocks, mask=part < ROW_BLOCKS)

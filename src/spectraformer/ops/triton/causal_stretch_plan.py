@@ -1,0 +1,161 @@
+# mypy: disable-error-code="import-untyped,import-not-found"
+"""The kernels of the causal forward by stretches with their arguments, in order.
+
+Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks, d head dim, e value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from spectraformer.ops.triton.causal_careful import careful_stretch_kernel, chunk_rise_kernel
+from spectraformer.ops.triton.causal_configurations import Stretches
+from spectraformer.ops.triton.causal_plan import STEEP_WARPS, Cut, Forward, compile_time, launch_of, state_dtype
+from spectraformer.ops.triton.causal_stretches import stretch_kernel
+from spectraformer.ops.triton.configurations import Configuration, choose
+from spectraformer.ops.triton.key_forward import key_kernel
+from spectraformer.ops.triton.launch import Launch, constants, state_strides, strides
+
+# Queries whose sums are checked at once; warps of the kernel that finds rises.
+CHECKED, RISE_WARPS = 2048, 4
+NARROW_DIM = 32
+
+
+def plan_stretches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    landmark_bias: Tensor,
+    key_bias: Tensor | None,
+    key_quadratic: Tensor | None,
+    log_scale: Tensor | None,
+    sums: Tensor | None,
+    *,
+    needs_backward: bool,
+    precision: str,
+    chosen: Configuration,
+    stretches: Stretches,
+    found: Cut,
+) -> tuple[list[Launch], Forward]:
+    """The kernels of the forward and the tensors they fill.
+
+    Args:
+        query: As in :func:`causal_plan.plan_forward`, as what follows.
+        key: Keys.
+        value: Values.
+        query_landmarks: Landmarks that queries see.
+        key_landmarks: Landmarks that keys see.
+        landmark_bias: Bias of landmarks.
+        key_bias: Bias of keys or None.
+        key_quadratic: Coefficients of squared keys or None.
+        log_scale: What the sums before the first token are relative to, or None.
+        sums: Sums of that state, or None.
+        needs_backward: Whether to keep what the backward takes.
+        precision: Of float32 products, as Triton names it.
+        chosen: Tile of a stretch, and landmarks that are taken together.
+        stretches: How the sequence is cut.
+        found: How the backward cuts it.
+    """
+    b, h, n, d = key.shape
+    query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
+    count, before_last = stretches.number, stretches.number - 1
+
+    def floats(*shape: int) -> Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
+    keys = choose("keys", key.dtype, max(d, e), m)
+    of_keys = constants(keys, m, d, e, precision)
+    padded = of_keys["BLOCKS"] * keys.landmarks
+    out, after_scale, after_sums = query.new_empty(b, query_heads, n, e), floats(b, h, m), floats(b, h, m, e + 1)
+    partial_value = floats(b * h, before_last, padded, e)
+    partial_peak, partial_total = (floats(b * h, before_last, padded) for _ in range(2))
+    query_log_sum: Tensor | None = None
+    kept: list[Tensor | None] = [None] * 4
+    if needs_backward:
+        query_log_sum = floats(b * query_heads, n)
+        kept = [
+            query.new_empty((b * h, found.chunks, m, e), dtype=state_dtype(key.dtype)),
+            floats(b * h, found.chunks + 1, m),
+            floats(b * h, found.chunks, m),
+            floats(b * h, found.chunks + 1, found.row_blocks),
+        ]
+    operands = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "query_landmarks": query_landmarks,
+        "key_landmarks": key_landmarks,
+        "landmark_bias": landmark_bias,
+        "key_bias": key_bias,
+        "key_quadratic": key_quadratic,
+    }
+    arguments = operands | {
+        **strides(**operands),
+        "log_scale": log_scale,
+        "sums": sums,
+        **state_strides(log_scale, sums),
+        "partial_value": partial_value,
+        "partial_peak": partial_peak,
+        "partial_total": partial_total,
+        "out": out,
+        "query_mass": floats(b * query_heads, n),
+        "highest": floats(b * query_heads, count),
+        "peak_total": floats(b * query_heads, count, -(-m // chosen.landmarks)),
+        "careful_mean": floats(b * query_heads, count, m, e),
+        "careful_log_sum": floats(b * query_heads, count, m),
+        "query_log_sum": query_log_sum,
+        **dict(zip(("entering_mean", "log_sum", "first", "steepest"), kept, strict=True)),
+        "log_scale_after": after_scale,
+        "sums_after": after_sums,
+        "heads": h,
+        "groups": query_heads // h,
+        "n": n,
+        "chunks": found.chunks,
+        "span": stretches.span,
+        "middle": stretches.middle,
+        "stretches": count,
+        "m_padded": padded,
+        # As the kernel of bidirectional attention names them.
+        "s": n,
+        "pieces": before_last,
+        "landmark_value": partial_value,
+        "peak": partial_peak,
+        "total": partial_total,
+        "key_boundaries": None,
+    }
+    fixed = compile_time(chosen, found, m, d, e, precision, key.dtype)
+    fixed |= {
+        "EVEN": key_bias is None and n % chosen.tokens == 0,
+        "ALL": max(16, triton.next_power_of_2(m)),
+        "AT_ONCE": CHECKED,
+        "QUERIES": min(chosen.tokens, fixed["QUERIES"]),
+    }
+    of_keys |= {
+        "EARLY": chosen.tokens,
+        "ONE_PIECE": False,
+        "FIXED_REFERENCE": key.dtype == torch.bfloat16,
+        "EVEN": n % keys.tokens == 0 and chosen.tokens % keys.tokens == 0,
+    }
+    rises = {"ROW_BLOCKS_PADDED": max(2, triton.next_power_of_2(found.row_blocks))}
+    programs = b * query_heads * count
+    launches = []
+    if before_last:
+        blocks = b * h * before_last * of_keys["BLOCKS"]
+        launches.append(launch_of(key_kernel, blocks, arguments, of_keys, keys.warps, keys.registers))
+    for block in range(fixed["BLOCKS"]):
+        # Outputs so far would be copied ahead too, and two programs would not fit a multiprocessor.
+        stages = chosen.stages if block == 0 or fixed["D_PADDED"] <= NARROW_DIM else 1
+        of_block = fixed | {"BLOCK": block, "STAGES": stages}
+        launches.append(launch_of(stretch_kernel, programs, arguments, of_block, chosen.warps, chosen.registers))
+    launches.append(launch_of(careful_stretch_kernel, programs, arguments, fixed, STEEP_WARPS))
+    if needs_backward:
+        launches.append(launch_of(chunk_rise_kernel, b * h, arguments, fixed | rises, RISE_WARPS))
+    empty = floats(0)
+    saved = [empty if x is None else x for x in (query_log_sum, *kept)]
+    if not needs_backward:
+        saved[1] = query.new_empty(0, dtype=state_dtype(key.dtype))
+    return launches, Forward(out, after_scale, after_sums, *saved)

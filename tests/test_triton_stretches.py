@@ -1,0 +1,188 @@
+"""The causal forward by stretches, in Triton's interpreter against float64, and compiled for a GPU without one.
+
+As in the tests of attention kernels, this file is both the tests and the programs they run.
+"""
+
+import itertools
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from offline_kernels import SHARED_MEMORY, assemble, new_buffers, poisoned, run_program
+from test_triton_causal import compare, operands_of
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+# b, h, g, n, d, e, m, and what else is special; tiles are of 16 tokens, stretches of 16, 32 and
+# then 48, blocks of 32 landmarks, or of 16 where there are 24
+CASES = {
+    "four stretches": (1, 2, 1, 144, 16, 16, 64, {}),
+    "a third short stretch": (1, 1, 1, 400, 16, 16, 16, {"span": 320}),
+    "odd sizes, transposed": (1, 1, 2, 77, 20, 40, 70, {"transposed": True}),
+    "without a bias, even": (1, 2, 1, 96, 16, 16, 32, {"bias": False}),
+    "without a bias, uneven": (1, 1, 1, 75, 16, 32, 24, {"bias": False}),
+    "after a state, landmarks of every item": (2, 1, 3, 100, 16, 16, 32, {"state": True, "shared": False}),
+    "the first keys removed": (1, 2, 1, 140, 16, 16, 16, {"removed": slice(0, 70)}),
+    "a head without keys": (1, 2, 1, 40, 16, 16, 16, {"removed": slice(None)}),
+    "one stretch": (1, 1, 1, 12, 16, 16, 24, {"std": 3.0}),
+    "norms that grow": (1, 1, 2, 144, 16, 16, 24, {"growth": 30.0, "curvature": 0.2}),
+    "norms that grow after a state": (1, 1, 1, 75, 16, 24, 24, {"growth": 11.0, "curvature": 0.2, "state": True}),
+}
+# Of the output, the state and gradients; logits in the hundreds, in float32, make sums as good as their exponentials.
+BOUND, STEEP_BOUND = 2e-5, 5e-4
+MAX_SPILLS = {(64, 128): 260, (32, 128): 40, (64, 64): 8}  # bytes
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return run_program(__file__, "interpret", interpret=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_states_and_gradients_agree_with_float64(interpreted, case):
+    found = interpreted["cases"][case]
+    bound = STEEP_BOUND if "grow" in case or "std" in CASES[case][-1] else BOUND
+    assert {name: e for name, e in found["errors"].items() if not e < bound} == {}
+    assert set(found["kernels"]) >= {"stretch_kernel", "careful_stretch_kernel", "chunk_rise_kernel"}
+    assert "chunk_output_kernel" not in found["kernels"]
+
+
+def test_stretches_that_leave_the_range_are_noticed(interpreted):
+    """In these cases the sums of some tile are out of range; in the others none but those without any key."""
+    careful = {name for name, found in interpreted["cases"].items() if found["beyond"]}
+    assert careful == {
+        "norms that grow",
+        "norms that grow after a state",
+        "the first keys removed",
+        "a head without keys",
+    }
+
+
+def test_no_bit_of_an_output_depends_on_later_tokens(interpreted):
+    assert interpreted["earlier equal"] == [True] * 5 and interpreted["later equal"] == [False] * 5
+
+
+def test_stretches_cover_the_sequence_and_fill_the_gpu():
+    from spectraformer.ops.triton.causal_configurations import (
+        LEAST_PROGRAMS,
+        MOST_STRETCHES,
+        choose_stretches,
+        cut_stretches,
+    )
+
+    chosen = choose_stretches(torch.bfloat16, 64, 128)
+    assert cut_stretches(65536, 64, chosen) == (6, 16384, 1024)
+    assert cut_stretches(2048, 64, chosen) == (5, 512, 512)
+    assert cut_stretches(65536, 1, chosen) is None
+    for n, heads in itertools.product((1, 63, 64, 65, 256, 1000, 4097, 1 << 20), (1, 16, 64, 100, 5000)):
+        found = cut_stretches(n, heads, chosen)
+        if found is None:
+            assert heads * min(MOST_STRETCHES, -(-n // 512)) < LEAST_PROGRAMS
+            continue
+        bounds = [_bounds(i, found, n, chosen.tokens) for i in range(found.number)]
+        assert bounds[0][0] == 0 and bounds[-1][1] == n and all(first < last for first, last in bounds)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds)) and found.span % 512 == 0
+    for dtype, d, m in ((torch.float32, 64, 128), (torch.bfloat16, 256, 128), (torch.bfloat16, 64, 512)):
+        assert choose_stretches(dtype, d, m) is None
+
+
+def _bounds(piece, found, n, tile):
+    """As tiles.piece_bounds says it in words."""
+    ends = [0, tile, found.middle, *([found.span] if found.middle < found.span else [])]
+    while len(ends) < found.number + 1:
+        ends.append(ends[-1] + found.span)
+    return ends[piece], min(ends[piece + 1], n)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_onto_tensor_cores_and_mostly_into_registers():
+    for shape, found in run_program(__file__, "compile", interpret=False):
+        for x in found:
+            assert x["shared"] <= SHARED_MEMORY, x
+            if x["kernel"] == "stretch_kernel":
+                # Two programs share a multiprocessor.
+                assert x["matrix"] > 0 and x["serialized"] == [] and 2 * x["shared"] + 1024 <= SHARED_MEMORY, x
+                assert x["spills"] <= MAX_SPILLS.get(tuple(shape), 1500), x
+
+
+def choose_small(dtype, head_dim, landmarks):
+    from spectraformer.ops.triton.configurations import Configuration
+
+    return Configuration(16 if landmarks == 24 else 32, 16, 4, 1, programs=100)
+
+
+def errors_of(case):
+    from spectraformer.ops.triton import causal_configurations, causal_plan, launch
+
+    launch.PLANS.clear()
+    causal_configurations.LEAST_STRETCH = case[-1].get("span", 48)
+    errors, _ = compare(case)
+    kernels = [x.kernel.__name__ for plan in launch.PLANS.values() for x in plan.launches]
+    operands, state = operands_of(*case)
+    state = (None, None) if state is None else state[:2]
+    launches, _ = causal_plan.plan_forward(*operands, *state, needs_backward=False, precision="ieee")
+    for x in launches:
+        x.run()
+    mass, total = (launches[-1].arguments[name] for name in ("query_mass", "peak_total"))
+    within = (mass > 2.0**-40).all() and (mass < 2.0**100).all() and (total <= 2.0**64).all()
+    return {"errors": errors, "kernels": kernels, "beyond": not within}
+
+
+def causality():
+    from spectraformer.ops.triton.causal import causal_landmark_attention
+
+    case = (1, 1, 1, 150, 16, 16, 16, {})
+    operands, other = operands_of(*case)[0], operands_of(*case, seed=1)[0]
+    whole, _ = causal_landmark_attention(*operands, precision="ieee")
+    earlier, later = [], []
+    for first in (1, 15, 45, 127, 130):
+        changed = list(operands)
+        for i in (0, 1, 2):
+            changed[i] = torch.cat([operands[i][:, :, :first], 3 * other[i][:, :, first:]], 2)
+        out, _ = causal_landmark_attention(*changed, precision="ieee")
+        earlier.append(out[:, :, :first].equal(whole[:, :, :first]))
+        later.append(out[:, :, first:].equal(whole[:, :, first:]))
+    return {"earlier equal": earlier, "later equal": later}
+
+
+def interpret():
+    from spectraformer.ops.triton import causal_configurations, causal_plan
+    from spectraformer.ops.triton.configurations import THIRTY_TWO_BIT
+
+    causal_plan.choose_stretches = choose_small
+    causal_configurations.LEAST_PROGRAMS = 1
+    causal_configurations.LEAST_STRETCH = 48
+    for row in THIRTY_TWO_BIT.values():
+        row["keys"] = row["keys"]._replace(tokens=16)
+    with new_buffers(poisoned):
+        found = {name: errors_of(case) for name, case in CASES.items()}
+        sys.stdout.write(json.dumps({"cases": found} | causality()))
+
+
+def compile_all():
+    from spectraformer.ops.triton import tiles
+    from spectraformer.ops.triton.causal_plan import plan_forward
+    from spectraformer.ops.triton.causal_tiles import SIZES
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    found = []
+    for d, m, n, bias, needs_backward, dtype in (
+        *((d, m, 8192, None, False, torch.bfloat16) for d, m in MAX_SPILLS),
+        (64, 128, 8192, None, True, torch.bfloat16),
+        (40, 100, 8000, meta(8, 8, 8000), True, torch.float16),
+    ):
+        tokens = [meta(8, 8, n, d, dtype=dtype) for _ in range(3)]
+        operands = (*tokens, meta(1, 8, m, d), meta(1, 8, m, d), meta(1, 8, m), bias, meta(1, 8, d), None, None)
+        launches, _ = plan_forward(*operands, needs_backward=needs_backward, precision="tf32x3")
+        shape = (d, m) if not needs_backward else ()
+        found.append((shape, [assemble(x, (*SIZES, *tiles.SIZES)) for x in launches]))
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    {"interpret": interpret, "compile": compile_all}[sys.argv[1]]()
