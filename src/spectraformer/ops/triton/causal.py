@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-call,no-any-return"
-r"""Causal landmark attention on a GPU: states of chunks, a scan over them, then all chunks side by side.
+r"""Causal landmark attention on a GPU: by stretches of many tiles with the state on chip, or by chunks side by side.
 
 What holds for any finite input:
 
-- The output of a query depends on its own past alone: changing later tokens changes no bit of it, except where a logit
-  of a later key of the same chunk rises by more than 62 (natural units) above the log-sum-exp of its landmark's keys
-  before the chunk; then the chunk is computed another way, and earlier outputs keep their value up to rounding.
-- No chunk underflows or overflows, however norms grow along the sequence: the reference of features is the past of the
-  chunk, so every denominator is at least 1, and what is lost is below 2^-21 of it (see ``causal_tiles.SUDDEN``).
+- The output of a query depends on its own past alone: changing later tokens changes no bit of it, except where a later
+  key of the same chunk, or of the same tile of a stretch, rises so far above the past that both are computed another
+  way (by 62 in natural units in a chunk); then earlier outputs of it keep their value up to rounding.
+- Nothing underflows or overflows, however norms grow along the sequence: features are relative to the past, and what
+  leaves the range of that reference is computed again (see ``causal_tiles.SUDDEN``, ``causal_stretches.LEAST_MASS``).
 - Every sum is taken in an order that depends on shapes alone: the same bits at every run.
 """
 
@@ -75,8 +75,9 @@ def causal_landmark_attention(
 
     Returns:
         Output, dense, in the dtype of the values, 0 for queries without any key; and the state after the last key (of
-        packed sequences, of each: b of a state is their number), whose running maximum is in natural units. Both
-        differentiable once in every operand and in the sums of the state; running maxima carry no gradient.
+        packed sequences, of each: b of a state is their number), relative to running maxima or log-sum-exps in natural
+        units. Both differentiable once in every operand and in the sums of the state; what they are relative to carries
+        no gradient.
 
     Raises:
         ValueError: If the precision is unknown, the state is that of signed features or of other shapes, or operands
