@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offline_kernels import SHARED_MEMORY, assemble, new_buffers, poisoned, run_program
-from test_triton_causal import compare, operands_of
+from test_triton_causal import compare, fakes, operands_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -63,6 +63,10 @@ def test_stretches_that_leave_the_range_are_noticed(interpreted):
 
 def test_no_bit_of_an_output_depends_on_later_tokens(interpreted):
     assert interpreted["earlier equal"] == [True] * 5 and interpreted["later equal"] == [False] * 5
+
+
+def test_fakes_have_the_shapes_and_strides_of_results_which_share_no_memory(interpreted):
+    assert interpreted["fakes"] == []
 
 
 def test_stretches_cover_the_sequence_and_fill_the_gpu():
@@ -159,7 +163,7 @@ def interpret():
         row["keys"] = row["keys"]._replace(tokens=16)
     with new_buffers(poisoned):
         found = {name: errors_of(case) for name, case in CASES.items()}
-        sys.stdout.write(json.dumps({"cases": found} | causality()))
+        sys.stdout.write(json.dumps({"cases": found, "fakes": fakes()} | causality()))
 
 
 def compile_all():

@@ -36,8 +36,8 @@ class AttentionState(NamedTuple):
     """All that attention keeps of the keys and values it has seen: f (e + 2) numbers a head, however many.
 
     Attributes:
-        log_scale: Running maximum M of the keys' log-features, or their log-sum-exp where GPU kernels made the state: what
-            sums are relative to; -inf before the first key, (b, h, f) or (b, h, 1).
+        log_scale: Running maximum M of the keys' log-features, or their log-sum-exp in states that GPU kernels made,
+            -inf before the first key, (b, h, f) or (b, h, 1).
         sums: sum_n phi(k_n) [v_n, 1] / exp(M), (b, h, f, e + 1).
         magnitude: sum_n |phi(k_n)| / exp(M), (b, h, f), or None for positive features, where it is in ``sums``.
     """
