@@ -201,8 +201,11 @@ def _label(axes: Axes, front: Front) -> None:
 
     if front.level is not None:
         text = f"{EXACT}: grows with every token"
-        bottom = high * to_axes.transform((front.points[0][1], 100 * front.level))[1] + 2
-        write(text, (2.0, bottom, 2.0 + _length(text), bottom + LINE), MUTED)
+        level, length = high * to_axes.transform((front.points[0][1], 100 * front.level))[1], _length(text)
+        lefts, bottoms = (2.0, (wide - length) / 2, wide - length - 2.0), (level + 2.0, level - 2.0 - LINE)
+        places = [(left, bottom, left + length, bottom + LINE) for bottom in bottoms for left in lefts]
+        others = [*line, *((u, v, u, v) for _, u, v in dots)]
+        write(text, next((p for p in places if not any(_overlap(p, x) for x in others)), places[0]), MUTED)
     for row, x, y in sorted(wanted, key=lambda dot: -dot[2]):
         text = shortened(row.label)
         boxes = [_beside(x, y, right, up, _length(text)) for right, up in SIDES]
