@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offline_kernels import SHARED_MEMORY, assemble, new_buffers, poisoned, run_program
-from test_triton_causal import compare, fakes, operands_of
+from test_triton_causal import compare, exact_attention, fakes, operands_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -30,6 +30,12 @@ CASES = {
     "one stretch": (1, 1, 1, 12, 16, 16, 24, {"std": 3.0}),
     "norms that grow": (1, 1, 2, 144, 16, 16, 24, {"growth": 30.0, "curvature": 0.2}),
     "norms that grow after a state": (1, 1, 1, 75, 16, 24, 24, {"growth": 11.0, "curvature": 0.2, "state": True}),
+}
+# Logits of landmarks of the first block that keys and queries see, bias of the others, values, first keys removed
+FAR_APART = {
+    "the first block is next to nothing": (0.0, -94.0, 0.0, 1.0, 0),
+    "the first block overflows": (0.0, 84.0, 30.0, 8.0, 0),
+    "keys and queries far below": (-53.0, -43.0, 0.0, 1.0, 36),
 }
 # Of the output, the state and gradients; logits in the hundreds, in float32, make sums as good as their exponentials.
 BOUND, STEEP_BOUND = 2e-5, 5e-4
@@ -61,12 +67,30 @@ def test_stretches_that_leave_the_range_are_noticed(interpreted):
     }
 
 
+@pytest.mark.parametrize("case", [*FAR_APART, "the first key is late"])
+def test_landmarks_whose_references_are_far_apart_agree_with_float64(interpreted, case):
+    """Sums over one block of landmarks leave the range, those over all do not; or nothing is yet to be relative to."""
+    assert interpreted["far apart"][case] < BOUND
+
+
+def test_a_nan_in_a_bias_of_landmarks_shows(interpreted):
+    assert interpreted["not finite"] == 1.0
+
+
+def test_tiles_without_any_key_are_not_computed_again(interpreted):
+    """Three stretches of padding, then one tile where keys begin: only queries of that tile are done again."""
+    assert interpreted["computed again"] == [4]
+
+
 def test_no_bit_of_an_output_depends_on_later_tokens(interpreted):
-    assert interpreted["earlier equal"] == [True] * 5 and interpreted["later equal"] == [False] * 5
+    """Nor where tiles are computed again, if what changes begins with a tile."""
+    for name, found in interpreted["causality"].items():
+        assert found["earlier equal"] == [True] * 5 and found["later equal"] == [False] * 5, name
+    assert [found["beyond"] for found in interpreted["causality"].values()] == [False, True, True]
 
 
 def test_fakes_have_the_shapes_and_strides_of_results_which_share_no_memory(interpreted):
-    assert interpreted["fakes"] == []
+    assert interpreted["fakes"] == [] and interpreted["distinct"]
 
 
 def test_stretches_cover_the_sequence_and_fill_the_gpu():
@@ -119,7 +143,7 @@ def choose_small(dtype, head_dim, landmarks):
 
 
 def errors_of(case):
-    from spectraformer.ops.triton import causal_configurations, causal_plan, launch
+    from spectraformer.ops.triton import causal_configurations, launch
 
     launch.PLANS.clear()
     causal_configurations.LEAST_STRETCH = case[-1].get("span", 48)
@@ -127,29 +151,113 @@ def errors_of(case):
     kernels = [x.kernel.__name__ for plan in launch.PLANS.values() for x in plan.launches]
     operands, state = operands_of(*case)
     state = (None, None) if state is None else state[:2]
-    launches, _ = causal_plan.plan_forward(*operands, *state, needs_backward=False, precision="ieee")
+    return {"errors": errors, "kernels": kernels, "beyond": beyond(operands, state)}
+
+
+def beyond(operands, state=(None, None)):
+    """Whether sums of some tile leave the range."""
+    from spectraformer.ops.triton.causal_plan import plan_forward
+
+    launches, _ = plan_forward(*operands, *state, needs_backward=False, precision="ieee")
     for x in launches:
         x.run()
     mass, total = (launches[-1].arguments[name] for name in ("query_mass", "peak_total"))
-    within = (mass > 2.0**-40).all() and (mass < 2.0**100).all() and (total <= 2.0**64).all()
-    return {"errors": errors, "kernels": kernels, "beyond": not within}
+    return not ((mass > 2.0**-40).all() and (mass < 2.0**100).all() and (total <= 2.0**64).all())
 
 
-def causality():
+def output_error(operands):
     from spectraformer.ops.triton.causal import causal_landmark_attention
 
-    case = (1, 1, 1, 150, 16, 16, 16, {})
+    want, _ = exact_attention([None if x is None else x.double() for x in operands], None)
+    out, _ = causal_landmark_attention(*operands, precision="ieee")
+    return ((out - want).abs().max() / want.abs().max()).item()
+
+
+def far_apart(key_logit, query_logit, bias, values, removed):
+    """Error where all keys, and all queries, have one logit at the first 32 landmarks and others at the rest."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    n, m, d = 64, 64, 16
+    query, key, value = torch.zeros(1, 1, n, d), 0.1 * normal(1, 1, n, d), values * normal(1, 1, n, d)
+    query[..., 0] = key[..., 1] = 1.0
+    u, w, landmark_bias = torch.zeros(1, 1, m, d), 0.1 * normal(1, 1, m, d), torch.zeros(1, 1, m)
+    u[:, :, :32, 0], u[:, :, 32:, 0] = query_logit, query_logit - bias if bias else 0.0
+    w[:, :, :32, 1], w[:, :, 32:, 1] = key_logit, 0.0
+    landmark_bias[..., 32:] = bias
+    key_bias = torch.zeros(1, 1, n)
+    key_bias[..., :removed] = float("-inf")
+    return output_error([query, key, value, u, w, landmark_bias, key_bias if removed else None, None])
+
+
+def late_first_key():
+    """Error where one landmark has logits of -107 at keys and 87 at queries, and no key is in the first tile."""
+    generator = torch.Generator().manual_seed(0)
+    n, m, d = 64, 16, 16
+    key = 0.01 * torch.randn(1, 1, n, d, generator=generator)
+    query, value = torch.zeros(1, 1, n, d), torch.randn(1, 1, n, d, generator=generator)
+    u, w = (0.01 * torch.randn(1, 1, m, d, generator=generator) for _ in range(2))
+    query[..., 1] = 1.0
+    key[..., 0], key[..., 2] = 1.0, torch.linspace(-1, 1, n)
+    w[0, 0, 0, 0], w[0, 0, 0, 2], u[0, 0, 0, 1], u[0, 0, 1:, 1] = -107.0, 3.0, 87.0, -20.0
+    key_bias = torch.zeros(1, 1, n)
+    key_bias[..., :36] = float("-inf")
+    return output_error([query, key, value, u, w, torch.zeros(1, 1, m), key_bias, None])
+
+
+def of_unknown_bias():
+    """Share of outputs that are not finite where the bias of one landmark is NaN."""
+    from spectraformer.ops.triton.causal import causal_landmark_attention
+
+    operands, _ = operands_of(1, 1, 1, 100, 16, 16, 64, {})
+    operands[5] = operands[5].clone()
+    operands[5][..., 3] = float("nan")
+    out, _ = causal_landmark_attention(*operands, precision="ieee")
+    return 1.0 - out.isfinite().float().mean().item()
+
+
+def distinct():
+    """Whether results without a backward are tensors of their own, empty ones too, as operators must return them."""
+    from spectraformer.ops.triton.causal_plan import plan_forward
+
+    operands, _ = operands_of(1, 1, 1, 20, 16, 16, 16, {})
+    _, found = plan_forward(*operands, None, None, needs_backward=False, precision="ieee")
+    return len(set(map(id, found))) == len(found)
+
+
+def computed_again():
+    """Tiles whose outputs the careful kernel writes, where the first keys are removed."""
+    from spectraformer.ops.triton.causal_plan import plan_forward
+
+    operands, _ = operands_of(1, 1, 1, 144, 16, 16, 16, {"removed": slice(0, 70)})
+    launches, found = plan_forward(*operands, None, None, needs_backward=False, precision="ieee")
+    for x in launches:
+        x.run()
+    kept = found.out.clone()
+    found.out.fill_(float("nan"))
+    launches[-1].run()
+    again = (~found.out.isnan()).any(-1).flatten().view(-1, 16).any(-1).nonzero().flatten().tolist()
+    assert torch.equal(found.out[~found.out.isnan()], kept[~found.out.isnan()])
+    return again
+
+
+def causality(special, firsts):
+    from spectraformer.ops.triton.causal import causal_landmark_attention
+
+    case = (1, 1, 1, 150, 16, 16, 24, special)
     operands, other = operands_of(*case)[0], operands_of(*case, seed=1)[0]
     whole, _ = causal_landmark_attention(*operands, precision="ieee")
     earlier, later = [], []
-    for first in (1, 15, 45, 127, 130):
+    for first in firsts:
         changed = list(operands)
         for i in (0, 1, 2):
             changed[i] = torch.cat([operands[i][:, :, :first], 3 * other[i][:, :, first:]], 2)
         out, _ = causal_landmark_attention(*changed, precision="ieee")
         earlier.append(out[:, :, :first].equal(whole[:, :, :first]))
         later.append(out[:, :, first:].equal(whole[:, :, first:]))
-    return {"earlier equal": earlier, "later equal": later}
+    return {"earlier equal": earlier, "later equal": later, "beyond": beyond(operands)}
 
 
 def interpret():
@@ -163,7 +271,22 @@ def interpret():
         row["keys"] = row["keys"]._replace(tokens=16)
     with new_buffers(poisoned):
         found = {name: errors_of(case) for name, case in CASES.items()}
-        sys.stdout.write(json.dumps({"cases": found, "fakes": fakes()} | causality()))
+        causal_configurations.LEAST_STRETCH = 48
+        results = {
+            "cases": found,
+            "fakes": fakes(),
+            "distinct": distinct(),
+            "far apart": {name: far_apart(*case) for name, case in FAR_APART.items()}
+            | {"the first key is late": late_first_key()},
+            "not finite": of_unknown_bias(),
+            "computed again": computed_again(),
+            "causality": {
+                "plain": causality({}, (1, 15, 45, 127, 130)),
+                "growth 11": causality({"growth": 11.0, "curvature": 0.2}, (16, 32, 48, 80, 128)),
+                "growth 30": causality({"growth": 30.0, "curvature": 0.2}, (16, 32, 48, 80, 128)),
+            },
+        }
+        sys.stdout.write(json.dumps(results))
 
 
 def compile_all():

@@ -4,10 +4,12 @@ r"""Causal landmark attention on a GPU: by stretches of many tiles with the stat
 What holds for any finite input:
 
 - The output of a query depends on its own past alone: changing later tokens changes no bit of it, except where a later
-  key of the same chunk, or of the same tile of a stretch, rises so far above the past that both are computed another
-  way (by 62 in natural units in a chunk); then earlier outputs of it keep their value up to rounding.
-- Nothing underflows or overflows, however norms grow along the sequence: features are relative to the past, and what
-  leaves the range of that reference is computed again (see ``causal_tiles.SUDDEN``, ``causal_stretches.LEAST_MASS``).
+  token of the same chunk, or of the same tile of a stretch, makes it one of those computed another way (in a chunk, a
+  key whose logit rises by 62 in natural units above the past); then earlier outputs of it keep their value up to
+  rounding.
+- Nothing underflows or overflows with values up to 2^20, however norms grow along the sequence: features are relative
+  to the past, and what leaves the range of that reference is computed again (see ``causal_tiles.SUDDEN`` and
+  ``causal_stretches.LEAST_MASS``).
 - Every sum is taken in an order that depends on shapes alone: the same bits at every run.
 """
 

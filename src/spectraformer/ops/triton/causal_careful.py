@@ -35,12 +35,13 @@ RISES = tl.constexpr(32)
 
 
 @triton.jit
-def in_range(query_mass, start, end, SIZE: tl.constexpr):
-    """Whether sums of weights of queries from start to end, SIZE at most, are all in the range; a NaN is not."""
+def last_beyond(query_mass, start, end, SIZE: tl.constexpr):
+    """The last query from start to end, SIZE at most, whose sum of weights is not in the range; -1 if there is none."""
     row = start + tl.arange(0, SIZE)
     mass = tl.load(query_mass + row, mask=row < end, other=1.0)
+    # So that a NaN is not.
     good = (mass > LEAST_MASS) & (mass < MOST_MASS)
-    return tl.min(good.to(tl.int32), 0) > 0
+    return tl.max(tl.where(good, -1, row), 0)
 
 
 @triton.jit
@@ -51,6 +52,23 @@ def store_after(
     """The state after the last key, relative to its log-sum-exp (in natural units): sums of weights are 1, or 0."""
     total = tl.where(log_sum == float("-inf"), 0.0, 1.0)
     store_state(mean, log_sum * LN_2, log_scale_after, sums_after, total, inside, landmark, M, E, E_PADDED)
+
+
+@triton.jit
+def finish_state(
+    log_scale_after, sums_after, log_sum, query_log_sum, chunks, inside, landmark,
+    M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+):  # fmt: skip
+    """What stretch_kernel left after the last key, brought to its log-sum-exp."""
+    state = load_tile(sums_after, landmark, E + 1, M, E, E_PADDED)
+    total = tl.load(sums_after + landmark * (E + 1) + E, mask=inside, other=0.0)
+    reference = tl.load(log_scale_after + landmark, mask=inside, other=0.0)
+    tl.debug_barrier()  # others wait for what this overwrites
+    after = tl.where(total == 0.0, float("-inf"), reference + log2(positive(total)))
+    mean = state * (1.0 / positive(total))[:, None]
+    store_after(mean, after, log_scale_after, sums_after, inside, landmark, M, E, E_PADDED)
+    if query_log_sum is not None:
+        tl.store(log_sum + chunks * M + landmark, after, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -79,13 +97,19 @@ def careful_stretch_kernel(
     batch, head = flat // heads, flat % heads
     begin, end = piece_bounds(stretch, span, middle, n, TOKENS)
     query_mass += flat_query * n
-    # Not "> MOST_TOTAL": a NaN is out of range.
     peak_total += (flat_query * stretches + stretch) * BLOCKS
-    good = tl.load(peak_total) <= MOST_TOTAL
+    most = tl.load(peak_total)
+    # Not "> MOST_TOTAL": a NaN is out of range.
+    good = most <= MOST_TOTAL
     for block in tl.static_range(1, BLOCKS):
-        good = good & (tl.load(peak_total + block) <= MOST_TOTAL)
+        more = tl.load(peak_total + block)
+        good = good & (more <= MOST_TOTAL)
+        most = tl.maximum(most, more)
+    beyond = -1
     for start in range(begin, end, AT_ONCE):
-        good = good & in_range(query_mass, start, end, AT_ONCE)
+        beyond = tl.maximum(beyond, last_beyond(query_mass, start, end, AT_ONCE))
+    # Without any key so far there is nothing to be right.
+    beyond = tl.where(most == 0.0, -1, beyond)
     landmark = tl.arange(0, ALL)
     inside = landmark < M
     final = (stretch == stretches - 1) & (group == 0)
@@ -94,17 +118,9 @@ def careful_stretch_kernel(
     if query_log_sum is not None:
         entering_mean += flat * chunks * M * E
         log_sum += flat * (chunks + 1) * M
-    if good:
-        if final:
-            state = load_tile(sums_after, landmark, E + 1, M, E, E_PADDED)
-            total = tl.load(sums_after + landmark * (E + 1) + E, mask=inside, other=0.0)
-            reference = tl.load(log_scale_after + landmark, mask=inside, other=0.0)
-            tl.debug_barrier()
-            after = tl.where(total == 0.0, float("-inf"), reference + log2(positive(total)))
-            mean = state * (1.0 / positive(total))[:, None]
-            store_after(mean, after, log_scale_after, sums_after, inside, landmark, M, E, E_PADDED)
-            if query_log_sum is not None:
-                tl.store(log_sum + chunks * M + landmark, after, mask=inside)
+    if final & good:
+        finish_state(log_scale_after, sums_after, log_sum, query_log_sum, chunks, inside, landmark, M, E, E_PADDED)
+    if good & (beyond < 0):
         return
 
     query += batch * query_batch + (head * groups + group) * query_head
@@ -134,7 +150,8 @@ def careful_stretch_kernel(
     tl.debug_barrier()  # the state is read by others than wrote it, here and below
     # What the stretch is relative to, see stretch_kernel.
     fixed = before
-    for start in range(begin, end, TOKENS):
+    # No further than there is something to compute again, unless the state is to be, too.
+    for start in range(begin, tl.where(good, beyond + 1, end), TOKENS):
         _q, k, v, bias = load_tokens(
             query, key, value, key_bias, query_row, key_row, value_row, start, n, D, E, D_PADDED, E_PADDED, TOKENS,
             False,
@@ -149,20 +166,22 @@ def careful_stretch_kernel(
                 store_tile(entering_mean + chunk * M * E, landmark, E, M, mean, E, E_PADDED)
                 tl.store(log_sum + chunk * M + landmark, before, mask=inside)
         # Relative to the highest logit there has been.
-        alone = before == float("-inf")
-        if start == begin:
-            fixed = tl.where(alone, first_logit(logits, bias), before)
+        if tl.max(bias, 0) != float("-inf"):
+            fixed = tl.where(fixed == float("-inf"), first_logit(logits, bias), fixed)
         reference = tl.maximum(before, tl.max(logits, 1))
         reference = tl.where(reference == float("-inf"), 0.0, reference)
         kept = tl.exp2(before - reference)
         features = tl.exp2(logits - reference[:, None])
         total = kept + tl.sum(features, 1)
         after = tl.where(total == 0.0, float("-inf"), reference + log2(positive(total)))
-        rise = tl.max(tl.where(inside, after - fixed, float("-inf")), 0)
-        good = (tl.exp2(rise) <= MOST_TOTAL) & in_range(query_mass, start, end, TOKENS)
+        held = inside & (after != float("-inf"))
+        rise = tl.max(tl.where(held, after - fixed, float("-inf")), 0)
+        within = (tl.exp2(rise) <= MOST_TOTAL) & (last_beyond(query_mass, start, end, TOKENS) < 0)
+        # Queries without any key have an output of 0 already.
+        within = within | (tl.max(held.to(tl.int32), 0) == 0)
         attend_steeply(
             query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, careful_mean,
-            careful_log_sum, out, query_log_sum, flat_query * n, start, n, good == 0, query_row, key_row, value_row,
+            careful_log_sum, out, query_log_sum, flat_query * n, start, n, within == 0, query_row, key_row, value_row,
             query_landmarks_row, key_landmarks_row,
             M, D, E, D_PADDED, E_PADDED, TOKENS, QUERIES, PRECISION, PRODUCT,
         )  # fmt: skip
@@ -172,7 +191,7 @@ def careful_stretch_kernel(
         store_tile(careful_mean, landmark, E, M, mean, E, E_PADDED)
         tl.store(careful_log_sum + landmark, after, mask=inside)
         tl.debug_barrier()
-    if final:
+    if final & (good == 0):
         mean = load_tile(careful_mean, landmark, E, M, E, E_PADDED)
         after = tl.load(careful_log_sum + landmark, mask=inside, other=0.0)
         store_after(mean, after, log_scale_after, sums_after, inside, landmark, M, E, E_PADDED)

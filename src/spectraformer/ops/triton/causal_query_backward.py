@@ -120,9 +120,9 @@ def chunk_query_backward_kernel(
         logits += load_landmark_weight(landmark_bias, reference, landmark, M)[:, None]
         p = tl.exp2(logits - normaliser[None, :])
         ds *= p
-        tl.store(grad_delta + piece + landmark, tl.sum(p * inner[None, :], 1) * held, mask=inside)
+        tl.store(grad_delta + piece + landmark, tl.where(held > 0.0, tl.sum(p * inner[None, :], 1), 0.0), mask=inside)
         left = tl.dot(p.to(PRODUCT), do, input_precision=PRECISION)
-        store_tile(grad_mean + piece * E, landmark, E, M, left * held[:, None], E, E_PADDED)
+        store_tile(grad_mean + piece * E, landmark, E, M, tl.where(held[:, None] > 0.0, left, 0.0), E, E_PADDED)
         if grad_landmark_bias is not None:
             tl.store(grad_landmark_bias + piece + landmark, tl.sum(ds, 1), mask=inside)
         ds = tl.trans(ds.to(PRODUCT))

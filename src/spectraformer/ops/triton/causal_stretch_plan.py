@@ -154,8 +154,7 @@ def plan_stretches(
     launches.append(launch_of(careful_stretch_kernel, programs, arguments, fixed, STEEP_WARPS))
     if needs_backward:
         launches.append(launch_of(chunk_rise_kernel, b * h, arguments, fixed | rises, RISE_WARPS))
-    empty = floats(0)
-    saved = [empty if x is None else x for x in (query_log_sum, *kept)]
+    saved = [floats(0) if x is None else x for x in (query_log_sum, *kept)]
     if not needs_backward:
         saved[1] = query.new_empty(0, dtype=state_dtype(key.dtype))
     return launches, Forward(out, after_scale, after_sums, *saved)

@@ -42,10 +42,13 @@ from spectraformer.ops.triton.tiles import (
 )
 
 # Sums of weights of a query below or above which, and sums of features above which, a tile is computed again. Weights
-# lose what is below 2^-126: m 2^(64 - 126) against 2^-40 is below 2^-14 of the smallest sum, and 2^-22 of usual ones.
+# lose what is below 2^-126: m 2^(64 - 126) is below 2^-14 of the smallest sum of weights. Sums of values stay finite up
+# to values of 2^27.
 LEAST_MASS = tl.constexpr(2.0**-40)
 MOST_MASS = tl.constexpr(2.0**100)
 MOST_TOTAL = tl.constexpr(2.0**64)
+# Sums over some blocks of landmarks below this are nothing beside those that count.
+LEAST_KEPT = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -193,8 +196,17 @@ def stretch_kernel(
     total = tl.where(inside & (reference != float("-inf")), 1.0, 0.0)
     if tl.min(reference, 0) == float("-inf"):
         # Before the first key: its logit.
+        at = begin
+        if key_bias is not None:
+            absent = tl.max(load_key_bias(key_bias + at, row, n - at), 0) == float("-inf")
+            while absent:
+                at += TOKENS
+                absent = at < end
+                if absent:
+                    absent = tl.max(load_key_bias(key_bias + at, row, n - at), 0) == float("-inf")
+            at = tl.where(at < end, at, begin)
         _q, k, _v, bias = load_tokens(
-            query, key, value, key_bias, query_row, key_row, value_row, begin, n, D, E, D_PADDED, E_PADDED, TOKENS, EVEN
+            query, key, value, key_bias, query_row, key_row, value_row, at, n, D, E, D_PADDED, E_PADDED, TOKENS, EVEN
         )
         weight = key_log_weight(k, bias, key_quadratic, D, D_PADDED)
         logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
@@ -262,12 +274,16 @@ def stretch_kernel(
             earlier_mass = load_vector(query_mass + start, row, rows, 0.0) * faded
             result += earlier.to(tl.float32) * earlier_mass[:, None]
             mass += earlier_mass
+        if BLOCK < BLOCKS - 1:
+            # Outputs so far must be finite; of sums out of range no more is left than that they are.
+            mass = tl.where(mass < MOST_MASS, tl.where(mass > LEAST_KEPT, mass, 0.0), float("inf"))
         # A query without any key: 0.
         store_tile(place_out, row, E, rows, result * (1.0 / positive(mass))[:, None], E, E_PADDED)
         store_vector(query_mass + start, row, rows, mass)
         if query_log_sum is not None:  # noqa: SIM102 - known when compiled
             if BLOCK == BLOCKS - 1:
-                store_vector(query_log_sum + start, row, rows, top + log2(positive(mass)))
+                log_mass = tl.where(mass == 0.0, float("-inf"), top + log2(positive(mass)))
+                store_vector(query_log_sum + start, row, rows, log_mass)
     tl.store(peak_total + (flat_query * stretches + stretch) * BLOCKS + BLOCK, tl.max(total, 0))
     if (stretch == stretches - 1) & (group == 0):
         # As it is: causal_careful brings it to its log-sum-exp.

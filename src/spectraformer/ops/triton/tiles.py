@@ -48,7 +48,8 @@ def rounded(x, DTYPE: tl.constexpr):
 @triton.jit
 def exponent_parts(x, DTYPE: tl.constexpr):
     """As parts_of, of exponents in units of log 2: to be added to a product in natural units."""
-    return parts_of(tl.where(x > NOTHING, x * (1.0 / LOG2_E), NOTHING), DTYPE)
+    # Not "> NOTHING": a NaN must show.
+    return parts_of(tl.where(x <= NOTHING, NOTHING, x * (1.0 / LOG2_E)), DTYPE)
 
 
 @triton.jit
