@@ -81,6 +81,12 @@ def exact_attention(operands, state):
     return out.flatten(1, 2), after
 
 
+def sums_like(state, other):
+    """Sums of a state relative to what those of another are: their highest logit, or their log-sum-exp."""
+    fade = torch.where(state.log_scale.isinf(), 0.0, state.log_scale - other.log_scale).exp().unsqueeze(-1)
+    return state.sums * fade.to(state.sums.dtype)
+
+
 def compare(case, device="cpu", dtype=torch.float32, norm=torch.inf):
     """Errors of output, state and gradients, relative to the largest or to the norm."""
     from spectraformer.ops.triton.causal import causal_landmark_attention
@@ -103,9 +109,7 @@ def compare(case, device="cpu", dtype=torch.float32, norm=torch.inf):
     precision = "ieee" if device == "cpu" else "tf32x3"
     out, after = causal_landmark_attention(*shown, state=state, precision=precision)
     want, wanted = exact_attention(exact, exact_state)
-    # Sums are relative to the highest logit there has been, or to the log-sum-exp.
-    fade = torch.where(after.log_scale.isinf(), 0.0, after.log_scale - wanted.log_scale).exp().unsqueeze(-1)
-    sums = after.sums * fade.to(after.sums.dtype)
+    sums = sums_like(after, wanted)
     weights = [torch.randn_like(out), torch.randn_like(after.sums) * (state is not None)]
     got = torch.autograd.grad((out, sums), inputs, weights)
     expected = torch.autograd.grad((want, wanted.sums), doubles, [x.double() for x in weights])

@@ -24,11 +24,12 @@ from spectraformer.ops.triton.causal_stretches import (
     MOST_TOTAL,
     first_logit,
     load_tokens,
+    locate_stretch,
     merge_stretches,
     store_state,
 )
-from spectraformer.ops.triton.causal_tiles import LN_2, SIZES, load_keys, log2, positive
-from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_tile, piece_bounds, store_tile
+from spectraformer.ops.triton.causal_tiles import LN_2, SIZES, load_keys, log_sum_exp, positive
+from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_tile, store_tile
 
 # Rises of so many chunks are found at once.
 RISES = tl.constexpr(32)
@@ -46,17 +47,22 @@ def last_beyond(query_mass, start, end, SIZE: tl.constexpr):
 
 @triton.jit
 def store_after(
-    mean, log_sum, log_scale_after, sums_after, inside, landmark,
-    M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    mean,  # (m, e)
+    after,  # (m,), the log-sum-exp in units of log 2
+    log_scale_after, sums_after,
+    log_sum,  # (chunks + 1, m), or None
+    chunks, inside, landmark, M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
 ):  # fmt: skip
     """The state after the last key, relative to its log-sum-exp (in natural units): sums of weights are 1, or 0."""
-    total = tl.where(log_sum == float("-inf"), 0.0, 1.0)
-    store_state(mean, log_sum * LN_2, log_scale_after, sums_after, total, inside, landmark, M, E, E_PADDED)
+    total = tl.where(after == float("-inf"), 0.0, 1.0)
+    store_state(mean, after * LN_2, log_scale_after, sums_after, total, inside, landmark, M, E, E_PADDED)
+    if log_sum is not None:
+        tl.store(log_sum + chunks * M + landmark, after, mask=inside)
 
 
 @triton.jit
 def finish_state(
-    log_scale_after, sums_after, log_sum, query_log_sum, chunks, inside, landmark,
+    log_scale_after, sums_after, log_sum, chunks, inside, landmark,
     M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
 ):  # fmt: skip
     """What stretch_kernel left after the last key, brought to its log-sum-exp."""
@@ -64,11 +70,9 @@ def finish_state(
     total = tl.load(sums_after + landmark * (E + 1) + E, mask=inside, other=0.0)
     reference = tl.load(log_scale_after + landmark, mask=inside, other=0.0)
     tl.debug_barrier()  # others wait for what this overwrites
-    after = tl.where(total == 0.0, float("-inf"), reference + log2(positive(total)))
+    after = log_sum_exp(reference, total)
     mean = state * (1.0 / positive(total))[:, None]
-    store_after(mean, after, log_scale_after, sums_after, inside, landmark, M, E, E_PADDED)
-    if query_log_sum is not None:
-        tl.store(log_sum + chunks * M + landmark, after, mask=inside)
+    store_after(mean, after, log_scale_after, sums_after, log_sum, chunks, inside, landmark, M, E, E_PADDED)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -89,13 +93,8 @@ def careful_stretch_kernel(
     AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one query head."""
-    program = tl.program_id(0)
-    query_heads = tl.num_programs(0) // stretches
-    stretch = stretches - 1 - program // query_heads
-    flat_query = tl.cast(program % query_heads, tl.int64)
-    flat, group = flat_query // groups, flat_query % groups
+    stretch, begin, end, flat_query, flat, group = locate_stretch(stretches, groups, span, middle, n, TOKENS)
     batch, head = flat // heads, flat % heads
-    begin, end = piece_bounds(stretch, span, middle, n, TOKENS)
     query_mass += flat_query * n
     peak_total += (flat_query * stretches + stretch) * BLOCKS
     most = tl.load(peak_total)
@@ -119,7 +118,7 @@ def careful_stretch_kernel(
         entering_mean += flat * chunks * M * E
         log_sum += flat * (chunks + 1) * M
     if final & good:
-        finish_state(log_scale_after, sums_after, log_sum, query_log_sum, chunks, inside, landmark, M, E, E_PADDED)
+        finish_state(log_scale_after, sums_after, log_sum, chunks, inside, landmark, M, E, E_PADDED)
     if good & (beyond < 0):
         return
 
@@ -173,7 +172,7 @@ def careful_stretch_kernel(
         kept = tl.exp2(before - reference)
         features = tl.exp2(logits - reference[:, None])
         total = kept + tl.sum(features, 1)
-        after = tl.where(total == 0.0, float("-inf"), reference + log2(positive(total)))
+        after = log_sum_exp(reference, total)
         held = inside & (after != float("-inf"))
         rise = tl.max(tl.where(held, after - fixed, float("-inf")), 0)
         within = (tl.exp2(rise) <= MOST_TOTAL) & (last_beyond(query_mass, start, end, TOKENS) < 0)
@@ -194,9 +193,7 @@ def careful_stretch_kernel(
     if final & (good == 0):
         mean = load_tile(careful_mean, landmark, E, M, E, E_PADDED)
         after = tl.load(careful_log_sum + landmark, mask=inside, other=0.0)
-        store_after(mean, after, log_scale_after, sums_after, inside, landmark, M, E, E_PADDED)
-        if query_log_sum is not None:
-            tl.store(log_sum + chunks * M + landmark, after, mask=inside)
+        store_after(mean, after, log_scale_after, sums_after, log_sum, chunks, inside, landmark, M, E, E_PADDED)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -119,12 +119,7 @@ def cut_stretches(tokens: int, independent: int, configuration: Configuration) -
     long = -(-tokens // span)
     if independent * long < LEAST_PROGRAMS:
         return None
-    return Stretches(*count_stretches(tokens, span, configuration.tokens))
-
-
-def count_stretches(tokens: int, span: int, tile: int) -> tuple[int, int, int]:
-    """As Stretches, of a given span."""
-    middle = min(MIDDLE * tile, span)
+    middle = min(MIDDLE * configuration.tokens, span)
     if tokens <= middle:
-        return (1 if tokens <= tile else 2), span, middle
-    return -(-tokens // span) + (2 if middle < span else 1), span, middle
+        return Stretches(1 if tokens <= configuration.tokens else 2, span, middle)
+    return Stretches(long + (2 if middle < span else 1), span, middle)

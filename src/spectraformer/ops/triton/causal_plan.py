@@ -197,6 +197,28 @@ def of_inputs(
     return launches, operands | strides(**operands) | landmarks | places | sizes
 
 
+def kept_states(query: Tensor, found: Cut, heads: int, m: int, e: int) -> dict[str, Tensor]:
+    """States and what is known of them before every chunk, as in Forward; heads are those of all batch items."""
+    after_last = found.chunks + found.sequences
+    return {
+        "entering_mean": query.new_empty((heads, found.chunks, m, e), dtype=state_dtype(query.dtype)),
+        "log_sum": query.new_empty((heads, after_last, m), dtype=torch.float32),
+        "first": query.new_empty((heads, found.chunks, m), dtype=torch.float32),
+        "steepest": query.new_empty((heads, after_last, found.row_blocks), dtype=torch.float32),
+    }
+
+
+def forward_results(
+    out: Tensor, log_scale: Tensor, sums: Tensor, query_log_sum: Tensor | None, kept: dict[str, Tensor]
+) -> Forward:
+    """With empty tensors, each its own, for what is kept for a backward where query_log_sum says that there is none."""
+    if query_log_sum is not None:
+        return Forward(out, log_scale, sums, query_log_sum, **kept)
+    saved = [sums.new_empty(0) for _ in range(5)]
+    saved[1] = sums.new_empty(0, dtype=state_dtype(out.dtype))
+    return Forward(out, log_scale, sums, *saved)
+
+
 def plan_forward(
     query: Tensor,
     key: Tensor,
@@ -258,23 +280,15 @@ def plan_forward(
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    def states() -> Tensor:
-        return query.new_empty((b * h, chunks, m, e), dtype=state_dtype(key.dtype))
-
     out = query.new_empty(b, query_heads, n, e)
     after_scale, after_sums = floats(items, h, m), floats(items, h, m, e + 1)
     query_log_sum = floats(b * query_heads, n) if needs_backward else None
-    kept = {
-        "entering_mean": states(),
-        "log_sum": floats(b * h, chunks + found.sequences, m),
-        "first": floats(b * h, chunks, m),
-        "steepest": floats(b * h, chunks + found.sequences, found.row_blocks),
-    }
+    kept = kept_states(query, found, b * h, m, e)
     launches, arguments = of_inputs(
         query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, boundaries, found
     )
     arguments |= kept | {
-        "part_mean": states(),
+        "part_mean": kept["entering_mean"].new_empty(b * h, chunks, m, e),
         "part_total": floats(b * h, chunks, m),
         "part_peak": floats(b * h, chunks, m),
         "log_scale": log_scale,
@@ -316,7 +330,4 @@ def plan_forward(
             STEEP_WARPS,
         ),
     ]
-    saved = [floats(0) if x is None or not needs_backward else x for x in (query_log_sum, *kept.values())]
-    if not needs_backward:
-        saved[1] = query.new_empty(0, dtype=state_dtype(key.dtype))
-    return launches, Forward(out, after_scale, after_sums, *saved)
+    return launches, forward_results(out, after_scale, after_sums, query_log_sum, kept)

@@ -12,15 +12,23 @@ from torch import Tensor
 
 from spectraformer.ops.triton.causal_careful import careful_stretch_kernel, chunk_rise_kernel
 from spectraformer.ops.triton.causal_configurations import Stretches
-from spectraformer.ops.triton.causal_plan import STEEP_WARPS, Cut, Forward, compile_time, launch_of, state_dtype
+from spectraformer.ops.triton.causal_plan import (
+    STEEP_WARPS,
+    Cut,
+    Forward,
+    compile_time,
+    forward_results,
+    kept_states,
+    launch_of,
+)
 from spectraformer.ops.triton.causal_stretches import stretch_kernel
 from spectraformer.ops.triton.configurations import Configuration, choose
 from spectraformer.ops.triton.key_forward import key_kernel
 from spectraformer.ops.triton.launch import Launch, constants, state_strides, strides
 
-# Queries whose sums are checked at once; warps of the kernel that finds rises.
-CHECKED, RISE_WARPS = 2048, 4
-NARROW_DIM = 32
+# Queries whose sums are checked at once; warps of the kernel that finds rises; head dim up to which blocks of landmarks
+# after the first have room to copy ahead.
+CHECKED, RISE_WARPS, NARROW_DIM = 2048, 4, 32
 
 
 def plan_stretches(
@@ -73,16 +81,8 @@ def plan_stretches(
     out, after_scale, after_sums = query.new_empty(b, query_heads, n, e), floats(b, h, m), floats(b, h, m, e + 1)
     partial_value = floats(b * h, before_last, padded, e)
     partial_peak, partial_total = (floats(b * h, before_last, padded) for _ in range(2))
-    query_log_sum: Tensor | None = None
-    kept: list[Tensor | None] = [None] * 4
-    if needs_backward:
-        query_log_sum = floats(b * query_heads, n)
-        kept = [
-            query.new_empty((b * h, found.chunks, m, e), dtype=state_dtype(key.dtype)),
-            floats(b * h, found.chunks + 1, m),
-            floats(b * h, found.chunks, m),
-            floats(b * h, found.chunks + 1, found.row_blocks),
-        ]
+    query_log_sum = floats(b * query_heads, n) if needs_backward else None
+    kept = kept_states(query, found, b * h, m, e)
     operands = {
         "query": query,
         "key": key,
@@ -108,7 +108,7 @@ def plan_stretches(
         "careful_mean": floats(b * query_heads, count, m, e),
         "careful_log_sum": floats(b * query_heads, count, m),
         "query_log_sum": query_log_sum,
-        **dict(zip(("entering_mean", "log_sum", "first", "steepest"), kept, strict=True)),
+        **(kept if needs_backward else dict.fromkeys(kept)),
         "log_scale_after": after_scale,
         "sums_after": after_sums,
         "heads": h,
@@ -154,7 +154,4 @@ def plan_stretches(
     launches.append(launch_of(careful_stretch_kernel, programs, arguments, fixed, STEEP_WARPS))
     if needs_backward:
         launches.append(launch_of(chunk_rise_kernel, b * h, arguments, fixed | rises, RISE_WARPS))
-    saved = [floats(0) if x is None else x for x in (query_log_sum, *kept)]
-    if not needs_backward:
-        saved[1] = query.new_empty(0, dtype=state_dtype(key.dtype))
-    return launches, Forward(out, after_scale, after_sums, *saved)
+    return launches, forward_results(out, after_scale, after_sums, query_log_sum, kept)

@@ -26,17 +26,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.causal_tiles import SIZES, finite, log2, positive
+from spectraformer.ops.triton.causal_tiles import SIZES, finite, log_sum_exp, positive
 from spectraformer.ops.triton.tiles import (
     LOG2_E,
     NARROW,
     exponent_parts,
     key_log_weight,
     load_key_bias,
-    load_rows,
+    load_keys,
+    load_quadratic,
     load_tile,
     load_vector,
     piece_bounds,
+    quadratic_weight,
     store_tile,
     store_vector,
 )
@@ -49,6 +51,21 @@ MOST_MASS = tl.constexpr(2.0**100)
 MOST_TOTAL = tl.constexpr(2.0**64)
 # Sums over some blocks of landmarks below this are nothing beside those that count.
 LEAST_KEPT = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def locate_stretch(stretches, groups, span, middle, n, TOKENS: tl.constexpr):
+    """Of a program: its stretch with first token and end, its query head, its key head, and which of its query heads.
+
+    The last stretches, the longest, first.
+    """
+    program = tl.program_id(0)
+    query_heads = tl.num_programs(0) // stretches
+    stretch = stretches - 1 - program // query_heads
+    flat_query = tl.cast(program % query_heads, tl.int64)
+    flat, group = flat_query // groups, flat_query % groups
+    begin, end = piece_bounds(stretch, span, middle, n, TOKENS)
+    return stretch, begin, end, flat_query, flat, group
 
 
 @triton.jit
@@ -79,8 +96,7 @@ def merge_stretches(
         scale = tl.exp2(tl.load(partial_peak + place + landmark, mask=inside, other=float("-inf")) - finite(top))
         total += scale * tl.load(partial_total + place + landmark, mask=inside, other=0.0)
         mean += scale[:, None] * load_tile(partial_value + place * E, landmark, E, M, E, E_PADDED)
-    log_sum = tl.where(total == 0.0, float("-inf"), top + log2(positive(total)))
-    return mean * (1.0 / positive(total))[:, None], log_sum
+    return mean * (1.0 / positive(total))[:, None], log_sum_exp(top, total)
 
 
 @triton.jit
@@ -90,22 +106,14 @@ def load_tokens(
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries, keys and values, and the bias of the keys in units of log 2, -inf where there is none."""
-    row = tl.arange(0, TOKENS)
-    offset = tl.cast(start, tl.int64)
     rows = n - start
-    present = None
-    bias = tl.zeros((TOKENS,), tl.float32)
     if EVEN:
         rows = None
-    else:
-        if key_bias is not None:
-            key_bias += start
-        bias = load_key_bias(key_bias, row, rows)
-        # Not "> -inf": a NaN must show.
-        present = bias != float("-inf")
+    row, offset = tl.arange(0, TOKENS), tl.cast(start, tl.int64)
     q = load_tile(query + offset * query_row, row, query_row, rows, D, D_PADDED)
-    k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
-    v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)
+    k, v, bias = load_keys(
+        key, value, key_bias, None, start, rows, key_row, value_row, D, E, D_PADDED, E_PADDED, TOKENS
+    )
     return q, k, v, bias
 
 
@@ -154,14 +162,9 @@ def stretch_kernel(
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A block of landmarks, a stretch of a query head, tile after tile; the last stretches, the longest, first."""
-    program = tl.program_id(0)
-    query_heads = tl.num_programs(0) // stretches
-    stretch = stretches - 1 - program // query_heads
-    flat_query = tl.cast(program % query_heads, tl.int64)
-    flat, group = flat_query // groups, flat_query % groups
+    """A block of landmarks, a stretch of a query head, tile after tile."""
+    stretch, begin, end, flat_query, flat, group = locate_stretch(stretches, groups, span, middle, n, TOKENS)
     batch, head = flat // heads, flat % heads
-    begin, end = piece_bounds(stretch, span, middle, n, TOKENS)
     query += batch * query_batch + (head * groups + group) * query_head
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
@@ -226,8 +229,7 @@ def stretch_kernel(
     # As a vector along columns it would take many registers, in a product it takes none.
     parts = exponent_parts(own - top, PRODUCT)
     if key_quadratic is not None:
-        column = tl.arange(0, D_PADDED)
-        quadratic = tl.load(key_quadratic + column, mask=column < D, other=0.0)
+        quadratic = load_quadratic(key_quadratic, D, D_PADDED)
     ones = tl.full((TOKENS, NARROW), 1.0, PRODUCT)
     for start in tl.range(begin, end, TOKENS, num_stages=STAGES):
         q, k, v, bias = load_tokens(
@@ -239,17 +241,14 @@ def stretch_kernel(
             rows = None
         weight = bias
         if key_quadratic is not None:
-            wide = k.to(tl.float32)
-            weight += tl.sum(wide * wide * quadratic[None, :], 1) * LOG2_E
+            weight += quadratic_weight(k, quadratic)
         v = v.to(PRODUCT)
         if query_log_sum is not None:  # noqa: SIM102 - known when compiled
             if (start % CHUNK == 0) & (group == 0):
                 chunk = tl.cast(start // CHUNK, tl.int64)
-                alone = total == 0.0
                 mean = state * (1.0 / positive(total))[:, None]
                 store_tile(entering_mean + chunk * M * E, landmark, E, M, mean, E, E_PADDED)
-                before = tl.where(alone, float("-inf"), reference + log2(positive(total)))
-                tl.store(log_sum + chunk * M + landmark, before, mask=inside)
+                tl.store(log_sum + chunk * M + landmark, log_sum_exp(reference, total), mask=inside)
         logits = tl.dot(w, tl.trans(k), input_precision=PRECISION)
         features = tl.exp2(logits * LOG2_E + weight[None, :] - reference[:, None])
         gained = tl.sum(features, 1)
@@ -282,8 +281,7 @@ def stretch_kernel(
         store_vector(query_mass + start, row, rows, mass)
         if query_log_sum is not None:  # noqa: SIM102 - known when compiled
             if BLOCK == BLOCKS - 1:
-                log_mass = tl.where(mass == 0.0, float("-inf"), top + log2(positive(mass)))
-                store_vector(query_log_sum + start, row, rows, log_mass)
+                store_vector(query_log_sum + start, row, rows, log_sum_exp(top, mass))
     tl.store(peak_total + (flat_query * stretches + stretch) * BLOCKS + BLOCK, tl.max(total, 0))
     if (stretch == stretches - 1) & (group == 0):
         # As it is: causal_careful brings it to its log-sum-exp.

@@ -198,11 +198,22 @@ def load_key_bias(key_bias, row, rows):
 def key_log_weight(k, bias, key_quadratic, D: tl.constexpr, D_PADDED: tl.constexpr):
     """What every landmark adds to a key's logit, in units of log 2: bias + sum_c C_c k_c^2."""
     if key_quadratic is not None:
-        column = tl.arange(0, D_PADDED)
-        quadratic = tl.load(key_quadratic + column, mask=column < D, other=0.0)
-        wide = k.to(tl.float32)
-        bias += tl.sum(wide * wide * quadratic[None, :], 1) * LOG2_E
+        bias += quadratic_weight(k, load_quadratic(key_quadratic, D, D_PADDED))
     return bias
+
+
+@triton.jit
+def load_quadratic(key_quadratic, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Coefficients C of squared keys."""
+    column = tl.arange(0, D_PADDED)
+    return tl.load(key_quadratic + column, mask=column < D, other=0.0)
+
+
+@triton.jit
+def quadratic_weight(k, quadratic):
+    """sum_c C_c k_c^2 in units of log 2."""
+    wide = k.to(tl.float32)
+    return tl.sum(wide * wide * quadratic[None, :], 1) * LOG2_E
 
 
 @triton.jit
