@@ -191,25 +191,26 @@ def _plan_outputs(operands: Any, precision: str) -> Any:
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    from spectraformer.ops.triton.causal_plan import cut, state_dtype
+    from spectraformer.ops.triton.causal_plan import by_stretches, cut, kept_states, kept_stretches
 
     query, key, value, landmarks = arguments[:4]
     boundaries, needs_backward = arguments[INPUTS - 1 : INPUTS + 1]
     (b, h, n, _), e, m = key.shape, value.shape[-1], landmarks.shape[-2]
-    found = cut(key, value, m, boundaries)
+    found, stretches = cut(key, value, m, boundaries), by_stretches(query, key, value, m, boundaries)
 
-    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-        return query.new_empty(shape if wanted else (0,), dtype=dtype)
+    def new(*shape: int) -> Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
 
+    if stretches is None:
+        kept = kept_states(query, found, b * h, m, e)
+    else:
+        kept = kept_stretches(query, stretches, b * h, m, e)
+    kept = {"query_log_sum": new(b * query.shape[1], n), **kept}
     return (
         query.new_empty(*query.shape[:3], e),
         new(b * found.sequences, h, m),
         new(b * found.sequences, h, m, e + 1),
-        new(b * query.shape[1], n, wanted=needs_backward),
-        new(b * h, found.chunks, m, e, wanted=needs_backward, dtype=state_dtype(key.dtype)),
-        new(b * h, found.chunks + found.sequences, m, wanted=needs_backward),
-        new(b * h, found.chunks, m, wanted=needs_backward),
-        new(b * h, found.chunks + found.sequences, found.row_blocks, wanted=needs_backward),
+        *[x if needs_backward else x.new_empty(0) for x in kept.values()],
     )
 
 

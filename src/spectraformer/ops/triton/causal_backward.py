@@ -18,6 +18,7 @@ from spectraformer.ops.triton.causal_plan import (
     SCAN_WARPS,
     STEEP_WARPS,
     Given,
+    by_stretches,
     columns_of,
     compile_time,
     configuration,
@@ -121,6 +122,15 @@ def plan_backward(
     query_heads = query.shape[1]
     groups = query_heads // h
     e, m = value.shape[-1], query_landmarks.shape[-2]
+    stretches = by_stretches(query, key, value, m, boundaries, configurations)
+    if stretches is not None:
+        from spectraformer.ops.triton.causal_stretch_backward_plan import plan_stretches_backward
+
+        return plan_stretches_backward(
+            grad, grad_sums, query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
+            log_scale, out, log_scale_after, query_log_sum, entering_mean, log_sum, first, steepest,
+            wanted=wanted, precision=precision, by=stretches,
+        )  # fmt: skip
     new = query.new_empty
     found = cut(key, value, m, boundaries, configurations)
     chunks, items = found.chunks, b * found.sequences
@@ -201,20 +211,15 @@ def plan_backward(
         ],
         launch_of(steep_key_backward_kernel, items * h * spread, arguments, fixed_keys | whole, STEEP_WARPS),
     ]
-    of_landmarks: list[Tensor | None] = []
-    for tokens, bias, logits in (
-        (query, None, arguments["grad_query_logits"]),
-        (key, key_bias, arguments["grad_key_logits"]),
-    ):
-        launch, part = (None, None) if logits is None else _of_landmarks(tokens, bias, logits, boundaries, h, precision)
-        launches += [] if launch is None else [launch]
-        of_landmarks.append(part)
+    of_query_landmarks = of_landmarks(query, None, arguments["grad_query_logits"], boundaries, h, precision)
+    of_key_landmarks = of_landmarks(key, key_bias, arguments["grad_key_logits"], boundaries, h, precision)
+    launches += of_query_landmarks[0] + of_key_landmarks[0]
     return launches, Gradients(
         query=grad_query,
         key=grad_key,
         value=grad_value,
-        query_landmarks=of_landmarks[0],
-        key_landmarks=of_landmarks[1],
+        query_landmarks=of_query_landmarks[1],
+        key_landmarks=of_key_landmarks[1],
         landmark_bias=arguments["grad_landmark_bias"],
         key_bias=arguments["grad_key_bias"],
         key_quadratic=arguments["grad_key_quadratic"],
@@ -222,15 +227,17 @@ def plan_backward(
     )
 
 
-def _of_landmarks(
+def of_landmarks(
     tokens: Tensor,
     key_bias: Tensor | None,
-    grad_logits: Tensor,
+    grad_logits: Tensor | None,
     boundaries: Tensor | None,
     key_heads: int,
     precision: str,
-) -> tuple[Launch, Tensor]:
-    """The kernel that sums gradients of logits times tokens over pieces of the sequence, and its sums."""
+) -> tuple[list[Launch], Tensor | None]:
+    """The kernel that sums gradients of logits times tokens over pieces of the sequence, and its sums; or nothing."""
+    if grad_logits is None:
+        return [], None
     b, heads, n, d = tokens.shape
     m, wide = grad_logits.shape[-1], grad_logits.dtype == torch.float32
     chosen = Configuration(32 if wide else 64, 32 if wide else 64, 4, 1 if wide else 3, programs=528)
@@ -261,4 +268,4 @@ def _of_landmarks(
         "STAGES": chosen.stages,
         "PRECISION": precision,
     }
-    return Launch(landmark_backward_kernel, b * heads * pieces * blocks, arguments, fixed, chosen.warps), part
+    return [Launch(landmark_backward_kernel, b * heads * pieces * blocks, arguments, fixed, chosen.warps)], part

@@ -7,8 +7,6 @@ outputs of a tile that went beyond the range, and no others, are computed again,
 a query keeps its bits whatever comes after its tile. Where no sum left the range, only the state after the last key is
 brought to its log-sum-exp.
 
-``chunk_rise_kernel`` says what the backward wants to know of every chunk.
-
 Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks, d head dim, e value dim.
 """
 
@@ -28,11 +26,8 @@ from spectraformer.ops.triton.causal_stretches import (
     merge_stretches,
     store_state,
 )
-from spectraformer.ops.triton.causal_tiles import LN_2, SIZES, load_keys, log_sum_exp, positive
+from spectraformer.ops.triton.causal_tiles import LN_2, SIZES, log_sum_exp, positive
 from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_tile, store_tile
-
-# Rises of so many chunks are found at once.
-RISES = tl.constexpr(32)
 
 
 @triton.jit
@@ -50,19 +45,19 @@ def store_after(
     mean,  # (m, e)
     after,  # (m,), the log-sum-exp in units of log 2
     log_scale_after, sums_after,
-    log_sum,  # (chunks + 1, m), or None
-    chunks, inside, landmark, M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
+    log_sum,  # (stretches + 1, m), or None
+    stretches, inside, landmark, M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
 ):  # fmt: skip
     """The state after the last key, relative to its log-sum-exp (in natural units): sums of weights are 1, or 0."""
     total = tl.where(after == float("-inf"), 0.0, 1.0)
     store_state(mean, after * LN_2, log_scale_after, sums_after, total, inside, landmark, M, E, E_PADDED)
     if log_sum is not None:
-        tl.store(log_sum + chunks * M + landmark, after, mask=inside)
+        tl.store(log_sum + stretches * M + landmark, after, mask=inside)
 
 
 @triton.jit
 def finish_state(
-    log_scale_after, sums_after, log_sum, chunks, inside, landmark,
+    log_scale_after, sums_after, log_sum, stretches, inside, landmark,
     M: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
 ):  # fmt: skip
     """What stretch_kernel left after the last key, brought to its log-sum-exp."""
@@ -72,28 +67,30 @@ def finish_state(
     tl.debug_barrier()  # others wait for what this overwrites
     after = log_sum_exp(reference, total)
     mean = state * (1.0 / positive(total))[:, None]
-    store_after(mean, after, log_scale_after, sums_after, log_sum, chunks, inside, landmark, M, E, E_PADDED)
+    store_after(mean, after, log_scale_after, sums_after, log_sum, stretches, inside, landmark, M, E, E_PADDED)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def careful_stretch_kernel(
     query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic,
     partial_value, partial_peak, partial_total, log_scale, sums,  # as in stretch_kernel, as most of what follows
-    query_mass, peak_total,
+    query_mass, peak_total, in_range,
     careful_mean,  # (b h g, stretches, m, e) float32: room for a state
     careful_log_sum,  # (b h g, stretches, m) float32, units of log 2
-    out, query_log_sum, entering_mean, log_sum, log_scale_after, sums_after,
+    out, query_log_sum, log_sum, log_scale_after, sums_after,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     query_landmarks_batch, query_landmarks_head, query_landmarks_row, key_landmarks_batch, key_landmarks_head,
     key_landmarks_row, landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch,
-    key_quadratic_head, log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, groups, n, chunks,
-    span, middle, stretches, m_padded,
+    key_quadratic_head, log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, groups, n, span,
+    middle, stretches, m_padded,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, QUERIES: tl.constexpr,
-    AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, AT_ONCE: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one query head."""
-    stretch, begin, end, flat_query, flat, group = locate_stretch(stretches, groups, span, middle, n, TOKENS)
+    stretch, begin, end, flat_query, flat, group = locate_stretch(
+        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, TOKENS
+    )
     batch, head = flat // heads, flat % heads
     query_mass += flat_query * n
     peak_total += (flat_query * stretches + stretch) * BLOCKS
@@ -105,7 +102,8 @@ def careful_stretch_kernel(
         good = good & (more <= MOST_TOTAL)
         most = tl.maximum(most, more)
     beyond = -1
-    for start in range(begin, end, AT_ONCE):
+    checked = tl.load(in_range + flat_query * stretches + stretch)
+    for start in range(begin, tl.where(checked == 0, end, begin), AT_ONCE):
         beyond = tl.maximum(beyond, last_beyond(query_mass, start, end, AT_ONCE))
     # Without any key so far there is nothing to be right.
     beyond = tl.where(most == 0.0, -1, beyond)
@@ -115,10 +113,9 @@ def careful_stretch_kernel(
     log_scale_after += flat * M
     sums_after += flat * M * (E + 1)
     if query_log_sum is not None:
-        entering_mean += flat * chunks * M * E
-        log_sum += flat * (chunks + 1) * M
+        log_sum += flat * (stretches + 1) * M
     if final & good:
-        finish_state(log_scale_after, sums_after, log_sum, chunks, inside, landmark, M, E, E_PADDED)
+        finish_state(log_scale_after, sums_after, log_sum, stretches, inside, landmark, M, E, E_PADDED)
     if good & (beyond < 0):
         return
 
@@ -159,11 +156,6 @@ def careful_stretch_kernel(
         logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
         before = tl.load(careful_log_sum + landmark, mask=inside, other=0.0)
         mean = load_tile(careful_mean, landmark, E, M, E, E_PADDED)
-        if query_log_sum is not None:  # noqa: SIM102 - known when compiled
-            if (start % CHUNK == 0) & (group == 0):
-                chunk = tl.cast(start // CHUNK, tl.int64)
-                store_tile(entering_mean + chunk * M * E, landmark, E, M, mean, E, E_PADDED)
-                tl.store(log_sum + chunk * M + landmark, before, mask=inside)
         # Relative to the highest logit there has been.
         if tl.max(bias, 0) != float("-inf"):
             fixed = tl.where(fixed == float("-inf"), first_logit(logits, bias), fixed)
@@ -193,63 +185,4 @@ def careful_stretch_kernel(
     if final & (good == 0):
         mean = load_tile(careful_mean, landmark, E, M, E, E_PADDED)
         after = tl.load(careful_log_sum + landmark, mask=inside, other=0.0)
-        store_after(mean, after, log_scale_after, sums_after, log_sum, chunks, inside, landmark, M, E, E_PADDED)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def chunk_rise_kernel(
-    key, key_landmarks, key_bias, key_quadratic,
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2: before each chunk and after the last
-    first,  # (b h, chunks, m) float32, units of log 2: logits of the first key, written where none is before the chunk
-    steepest,  # (b h, chunks + 1, row blocks) float32, units of log 2: rises of log-sum-exps; last: the most
-    key_batch, key_head, key_row, key_landmarks_batch, key_landmarks_head, key_landmarks_row, key_bias_batch,
-    key_bias_head, key_quadratic_batch, key_quadratic_head, heads, n, chunks,
-    M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, ALL: tl.constexpr, CHUNK: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr, ROW_BLOCKS_PADDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One key head. A log-sum-exp rises by no less than the highest logit of the chunk rises above its past."""
-    flat = tl.cast(tl.program_id(0), tl.int64)
-    batch, head = flat // heads, flat % heads
-    key += batch * key_batch + head * key_head
-    key_landmarks += batch * key_landmarks_batch + head * key_landmarks_head
-    if key_bias is not None:
-        key_bias += batch * key_bias_batch + head * key_bias_head
-    if key_quadratic is not None:
-        key_quadratic += batch * key_quadratic_batch + head * key_quadratic_head
-    log_sum += flat * (chunks + 1) * M
-    first += flat * chunks * M
-    steepest += flat * (chunks + 1) * ROW_BLOCKS
-    row, landmark = tl.arange(0, CHUNK), tl.arange(0, ALL)
-    inside = landmark < M
-    part = tl.arange(0, ROW_BLOCKS_PADDED)
-    begin = 0
-    empty = tl.min(tl.load(log_sum + landmark, mask=inside, other=0.0), 0) == float("-inf")
-    while empty:
-        start = begin * CHUNK
-        w = load_tile(key_landmarks, landmark, key_landmarks_row, M, D, D_PADDED).to(key.dtype.element_ty)
-        k, weight, present = load_keys(key, key_bias, key_quadratic, start, key_row, row, n - start, D, D_PADDED)
-        logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
-        alone = first_logit(logits, tl.where(present, 0.0, float("-inf")))
-        tl.store(first + begin * M + landmark, alone, mask=inside)
-        begin += 1
-        empty = begin < chunks
-        if empty:
-            before = tl.load(log_sum + begin * M + landmark, mask=inside, other=0.0)
-            empty = tl.min(before, 0) == float("-inf")
-    tl.debug_barrier()  # others than wrote it read it
-    most = tl.full((RISES,), float("-inf"), tl.float32)
-    for start in range(0, chunks, RISES):
-        chunk = start + tl.arange(0, RISES)
-        there = (chunk < chunks)[:, None] & inside[None, :]
-        place = chunk[:, None] * M + landmark[None, :]
-        before = tl.load(log_sum + place, mask=there, other=0.0)
-        after = tl.load(log_sum + place + M, mask=there, other=float("-inf"))
-        alone = tl.load(first + place, mask=there & (before == float("-inf")), other=0.0)
-        rise = after - tl.where(before == float("-inf"), alone, before)
-        rise = tl.max(tl.where(there & (after != float("-inf")), rise, float("-inf")), 1)
-        most = tl.maximum(most, rise)
-        blocks = tl.where(part[None, :] == 0, rise[:, None], float("-inf"))
-        wanted = (chunk < chunks)[:, None] & (part < ROW_BLOCKS)[None, :]
-        tl.store(steepest + chunk[:, None] * ROW_BLOCKS + part[None, :], blocks, mask=wanted)
-    blocks = tl.where(part == 0, tl.max(most, 0), float("-inf"))
-    tl.store(steepest + chunks * ROW_BLOCKS + part, blocks, mask=part < ROW_BLOCKS)
+        store_after(mean, after, log_scale_after, sums_after, log_sum, stretches, inside, landmark, M, E, E_PADDED)

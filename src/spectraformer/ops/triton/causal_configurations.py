@@ -100,6 +100,18 @@ def choose_stretches(dtype: torch.dtype, head_dim: int, landmarks: int) -> Confi
     return Configuration(block, 64, 4, 1 if head_dim > 64 else 2 if head_dim * block > 32 * 128 else 3)
 
 
+def choose_stretches_backward(name: str, forward: Configuration) -> Configuration:
+    """The configuration of one pass of the backward by stretches.
+
+    Args:
+        name: "sums", "queries" or "keys".
+        forward: That of the forward.
+    """
+    if name == "sums" and forward.landmarks == 128:
+        return forward._replace(warps=8, stages=2, registers=128)
+    return forward._replace(stages=1)
+
+
 def cut_stretches(tokens: int, independent: int, configuration: Configuration) -> Stretches | None:
     """Stretches to cut a sequence into; None if programs are too few that way.
 

@@ -13,7 +13,13 @@ import triton
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_chunks import chunk_sequence_kernel, chunk_state_kernel, round_kernel
-from spectraformer.ops.triton.causal_configurations import PASSES, choose, choose_stretches, cut_stretches
+from spectraformer.ops.triton.causal_configurations import (
+    PASSES,
+    Stretches,
+    choose,
+    choose_stretches,
+    cut_stretches,
+)
 from spectraformer.ops.triton.causal_forward import chunk_output_kernel
 from spectraformer.ops.triton.causal_scan import scan_kernel
 from spectraformer.ops.triton.causal_steep import steep_output_kernel
@@ -31,7 +37,7 @@ SPREAD, STEEP_TILE, STEEP_WARPS = 16, 4096, 8
 
 
 class Forward(NamedTuple):
-    """What the forward fills."""
+    """What the forward fills; by stretches, what is kept of each is that of ``kept_stretches``."""
 
     out: Tensor  # (b, h g, n, e)
     log_scale: Tensor  # (b, h, m) float32, after the last key
@@ -60,6 +66,13 @@ class Cut(NamedTuple):
     column_blocks: int
 
 
+class ByStretches(NamedTuple):
+    """How stretches are taken: the tile and the landmarks taken together, and how the sequence is cut."""
+
+    chosen: Configuration
+    stretches: Stretches
+
+
 Given = dict[str, Configuration] | None
 
 
@@ -81,6 +94,19 @@ def cut(key: Tensor, value: Tensor, landmarks: int, boundaries: Tensor | None = 
     columns = min(padded_dim(e), 64)
     rows = SCAN_TILE // columns
     return Cut(sequences, chunk, chunks, rows, columns, -(-landmarks // rows), -(-e // columns))
+
+
+def by_stretches(
+    query: Tensor, key: Tensor, value: Tensor, landmarks: int, boundaries: Tensor | None = None, given: Given = None
+) -> ByStretches | None:
+    """How a call goes by stretches; None if it goes by states of all chunks."""
+    if boundaries is not None or given is not None:
+        return None
+    chosen = choose_stretches(key.dtype, max(key.shape[-1], value.shape[-1]), landmarks)
+    if chosen is None:
+        return None
+    stretches = cut_stretches(key.shape[2], query.shape[0] * query.shape[1], chosen)
+    return None if stretches is None else ByStretches(chosen, stretches)
 
 
 def spread_of(found: Cut) -> int:
@@ -208,15 +234,28 @@ def kept_states(query: Tensor, found: Cut, heads: int, m: int, e: int) -> dict[s
     }
 
 
+def kept_stretches(query: Tensor, found: ByStretches, heads: int, m: int, e: int) -> dict[str, Tensor]:
+    """The same of stretches: what features are relative to as ``first``, the largest sums of features as ``steepest``.
+
+    The latter are of every query head.
+    """
+    number, blocks = found.stretches.number, -(-m // found.chosen.landmarks)
+    query_heads = query.shape[0] * query.shape[1]
+    return {
+        "entering_mean": query.new_empty((heads, number, m, e), dtype=torch.float32),
+        "log_sum": query.new_empty((heads, number + 1, m), dtype=torch.float32),
+        "first": query.new_empty((heads, number, m), dtype=torch.float32),
+        "steepest": query.new_empty((query_heads, number, blocks), dtype=torch.float32),
+    }
+
+
 def forward_results(
     out: Tensor, log_scale: Tensor, sums: Tensor, query_log_sum: Tensor | None, kept: dict[str, Tensor]
 ) -> Forward:
     """With empty tensors, each its own, for what is kept for a backward where query_log_sum says that there is none."""
     if query_log_sum is not None:
         return Forward(out, log_scale, sums, query_log_sum, **kept)
-    saved = [sums.new_empty(0) for _ in range(5)]
-    saved[1] = sums.new_empty(0, dtype=state_dtype(out.dtype))
-    return Forward(out, log_scale, sums, *saved)
+    return Forward(out, log_scale, sums, sums.new_empty(0), **{name: x.new_empty(0) for name, x in kept.items()})
 
 
 def plan_forward(
@@ -259,21 +298,13 @@ def plan_forward(
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
     found = cut(key, value, m, boundaries, configurations)
-    whole = choose_stretches(key.dtype, max(d, e), m) if boundaries is None and configurations is None else None
-    stretches = None if whole is None else cut_stretches(n, b * query_heads, whole)
-    if whole is not None and stretches is not None:
+    stretches = by_stretches(query, key, value, m, boundaries, configurations)
+    if stretches is not None:
         from spectraformer.ops.triton.causal_stretch_plan import plan_stretches
 
         operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
         return plan_stretches(
-            *operands,
-            log_scale,
-            sums,
-            needs_backward=needs_backward,
-            precision=precision,
-            chosen=whole,
-            stretches=stretches,
-            found=found,
+            *operands, log_scale, sums, needs_backward=needs_backward, precision=precision, by=stretches, found=found
         )
     chunks, items = found.chunks, b * found.sequences
 

@@ -10,25 +10,25 @@ import torch
 import triton
 from torch import Tensor
 
-from spectraformer.ops.triton.causal_careful import careful_stretch_kernel, chunk_rise_kernel
-from spectraformer.ops.triton.causal_configurations import Stretches
+from spectraformer.ops.triton.causal_careful import careful_stretch_kernel
 from spectraformer.ops.triton.causal_plan import (
     STEEP_WARPS,
+    ByStretches,
     Cut,
     Forward,
     compile_time,
     forward_results,
-    kept_states,
+    kept_stretches,
     launch_of,
 )
 from spectraformer.ops.triton.causal_stretches import stretch_kernel
-from spectraformer.ops.triton.configurations import Configuration, choose
+from spectraformer.ops.triton.configurations import choose
 from spectraformer.ops.triton.key_forward import key_kernel
 from spectraformer.ops.triton.launch import Launch, constants, state_strides, strides
 
-# Queries whose sums are checked at once; warps of the kernel that finds rises; head dim up to which blocks of landmarks
-# after the first have room to copy ahead.
-CHECKED, RISE_WARPS, NARROW_DIM = 2048, 4, 32
+# Queries whose sums are checked at once; head dim up to which blocks of landmarks after the first have room to copy
+# ahead.
+CHECKED, NARROW_DIM = 2048, 32
 
 
 def plan_stretches(
@@ -45,8 +45,7 @@ def plan_stretches(
     *,
     needs_backward: bool,
     precision: str,
-    chosen: Configuration,
-    stretches: Stretches,
+    by: ByStretches,
     found: Cut,
 ) -> tuple[list[Launch], Forward]:
     """The kernels of the forward and the tensors they fill.
@@ -64,12 +63,12 @@ def plan_stretches(
         sums: Sums of that state, or None.
         needs_backward: Whether to keep what the backward takes.
         precision: Of float32 products, as Triton names it.
-        chosen: Tile of a stretch, and landmarks that are taken together.
-        stretches: How the sequence is cut.
-        found: How the backward cuts it.
+        by: How stretches are taken.
+        found: How chunks would be.
     """
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
+    chosen, stretches = by
     count, before_last = stretches.number, stretches.number - 1
 
     def floats(*shape: int) -> Tensor:
@@ -82,7 +81,7 @@ def plan_stretches(
     partial_value = floats(b * h, before_last, padded, e)
     partial_peak, partial_total = (floats(b * h, before_last, padded) for _ in range(2))
     query_log_sum = floats(b * query_heads, n) if needs_backward else None
-    kept = kept_states(query, found, b * h, m, e)
+    kept = kept_stretches(query, by, b * h, m, e)
     operands = {
         "query": query,
         "key": key,
@@ -104,7 +103,8 @@ def plan_stretches(
         "out": out,
         "query_mass": floats(b * query_heads, n),
         "highest": floats(b * query_heads, count),
-        "peak_total": floats(b * query_heads, count, -(-m // chosen.landmarks)),
+        "peak_total": kept["steepest"],
+        "in_range": query.new_empty((b * query_heads, count), dtype=torch.int32),
         "careful_mean": floats(b * query_heads, count, m, e),
         "careful_log_sum": floats(b * query_heads, count, m),
         "query_log_sum": query_log_sum,
@@ -114,7 +114,6 @@ def plan_stretches(
         "heads": h,
         "groups": query_heads // h,
         "n": n,
-        "chunks": found.chunks,
         "span": stretches.span,
         "middle": stretches.middle,
         "stretches": count,
@@ -140,7 +139,6 @@ def plan_stretches(
         "FIXED_REFERENCE": key.dtype == torch.bfloat16,
         "EVEN": n % keys.tokens == 0 and chosen.tokens % keys.tokens == 0,
     }
-    rises = {"ROW_BLOCKS_PADDED": max(2, triton.next_power_of_2(found.row_blocks))}
     programs = b * query_heads * count
     launches = []
     if before_last:
@@ -152,6 +150,4 @@ def plan_stretches(
         of_block = fixed | {"BLOCK": block, "STAGES": stages}
         launches.append(launch_of(stretch_kernel, programs, arguments, of_block, chosen.warps, chosen.registers))
     launches.append(launch_of(careful_stretch_kernel, programs, arguments, fixed, STEEP_WARPS))
-    if needs_backward:
-        launches.append(launch_of(chunk_rise_kernel, b * h, arguments, fixed | rises, RISE_WARPS))
     return launches, forward_results(out, after_scale, after_sums, query_log_sum, kept)

@@ -54,13 +54,12 @@ LEAST_KEPT = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def locate_stretch(stretches, groups, span, middle, n, TOKENS: tl.constexpr):
+def locate_stretch(program, programs, stretches, groups, span, middle, n, TOKENS: tl.constexpr):
     """Of a program: its stretch with first token and end, its query head, its key head, and which of its query heads.
 
     The last stretches, the longest, first.
     """
-    program = tl.program_id(0)
-    query_heads = tl.num_programs(0) // stretches
+    query_heads = programs // stretches
     stretch = stretches - 1 - program // query_heads
     flat_query = tl.cast(program % query_heads, tl.int64)
     flat, group = flat_query // groups, flat_query % groups
@@ -148,22 +147,26 @@ def stretch_kernel(
     query_mass,  # (b h g, n) float32: sums of weights, relative to c; of earlier blocks of landmarks before
     highest,  # (b h g, stretches) float32: c in units of log 2, likewise
     peak_total,  # (b h g, stretches, blocks) float32: the largest sum of features
+    in_range,  # (b h g, stretches) int32: whether all sums of weights were
     query_log_sum,  # (b h g, n) float32, units of log 2; this and what follows None unless needed backward
-    entering_mean,  # (b h, chunks, m, e)
-    log_sum,  # (b h, chunks + 1, m) float32, units of log 2: before each chunk and after the last
+    entering_mean,  # (b h, stretches, m, e) float32
+    log_sum,  # (b h, stretches + 1, m) float32, units of log 2: before each stretch and, by causal_careful, after all
+    first,  # (b h, stretches, m) float32, units of log 2: what features are relative to
     log_scale_after,  # (b h, m) float32, units of log 2 until causal_careful has seen it
     sums_after,  # (b h, m, e + 1) float32
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     query_landmarks_batch, query_landmarks_head, query_landmarks_row, key_landmarks_batch, key_landmarks_head,
     key_landmarks_row, landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head, key_quadratic_batch,
-    key_quadratic_head, log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, groups, n, chunks,
-    span, middle, stretches, m_padded,
+    key_quadratic_head, log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, groups, n, span,
+    middle, stretches, m_padded,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A block of landmarks, a stretch of a query head, tile after tile."""
-    stretch, begin, end, flat_query, flat, group = locate_stretch(stretches, groups, span, middle, n, TOKENS)
+    stretch, begin, end, flat_query, flat, group = locate_stretch(
+        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, TOKENS
+    )
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + (head * groups + group) * query_head
     key += batch * key_batch + head * key_head
@@ -182,8 +185,6 @@ def stretch_kernel(
     query_mass += flat_query * n
     if query_log_sum is not None:
         query_log_sum += flat_query * n
-        entering_mean += flat * chunks * M * E
-        log_sum += flat * (chunks + 1) * M
 
     row, landmark = tl.arange(0, TOKENS), BLOCK * LANDMARKS + tl.arange(0, LANDMARKS)
     inside = landmark < M
@@ -194,6 +195,10 @@ def stretch_kernel(
         partial_value + place * E, partial_peak + place, partial_total + place, log_scale, sums, sums_row, stretch,
         m_padded, landmark, M, E, E_PADDED,
     )  # fmt: skip
+    if query_log_sum is not None:  # noqa: SIM102 - known when compiled
+        if group == 0:
+            tl.store(log_sum + (flat * (stretches + 1) + stretch) * M + landmark, reference, mask=inside)
+            store_tile(entering_mean + (flat * stretches + stretch) * M * E, landmark, E, M, state, E, E_PADDED)
     # Landmarks that pad have features of 0.
     reference = tl.where(inside, reference, float("inf"))
     total = tl.where(inside & (reference != float("-inf")), 1.0, 0.0)
@@ -214,6 +219,9 @@ def stretch_kernel(
         weight = key_log_weight(k, bias, key_quadratic, D, D_PADDED)
         logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * LOG2_E + weight[None, :]
         reference = tl.where(reference == float("-inf"), first_logit(logits, bias), reference)
+    if query_log_sum is not None:  # noqa: SIM102 - known when compiled
+        if group == 0:
+            tl.store(first + (flat * stretches + stretch) * M + landmark, reference, mask=inside)
     own = tl.where(
         inside, tl.load(landmark_bias + landmark, mask=inside, other=0.0) * LOG2_E + reference, float("-inf")
     )
@@ -231,6 +239,7 @@ def stretch_kernel(
     if key_quadratic is not None:
         quadratic = load_quadratic(key_quadratic, D, D_PADDED)
     ones = tl.full((TOKENS, NARROW), 1.0, PRODUCT)
+    least, most = tl.full((TOKENS,), 1.0, tl.float32), tl.full((TOKENS,), 1.0, tl.float32)
     for start in tl.range(begin, end, TOKENS, num_stages=STAGES):
         q, k, v, bias = load_tokens(
             query, key, value, key_bias, query_row, key_row, value_row, start, n, D, E, D_PADDED, E_PADDED, TOKENS, EVEN
@@ -243,12 +252,6 @@ def stretch_kernel(
         if key_quadratic is not None:
             weight += quadratic_weight(k, quadratic)
         v = v.to(PRODUCT)
-        if query_log_sum is not None:  # noqa: SIM102 - known when compiled
-            if (start % CHUNK == 0) & (group == 0):
-                chunk = tl.cast(start // CHUNK, tl.int64)
-                mean = state * (1.0 / positive(total))[:, None]
-                store_tile(entering_mean + chunk * M * E, landmark, E, M, mean, E, E_PADDED)
-                tl.store(log_sum + chunk * M + landmark, log_sum_exp(reference, total), mask=inside)
         logits = tl.dot(w, tl.trans(k), input_precision=PRECISION)
         features = tl.exp2(logits * LOG2_E + weight[None, :] - reference[:, None])
         gained = tl.sum(features, 1)
@@ -276,6 +279,10 @@ def stretch_kernel(
         if BLOCK < BLOCKS - 1:
             # Outputs so far must be finite; of sums out of range no more is left than that they are.
             mass = tl.where(mass < MOST_MASS, tl.where(mass > LEAST_KEPT, mass, 0.0), float("inf"))
+        else:
+            # A NaN stays, and is not in the range.
+            least = tl.minimum(least, mass, propagate_nan=tl.PropagateNan.ALL)
+            most = tl.maximum(most, mass)
         # A query without any key: 0.
         store_tile(place_out, row, E, rows, result * (1.0 / positive(mass))[:, None], E, E_PADDED)
         store_vector(query_mass + start, row, rows, mass)
@@ -283,6 +290,9 @@ def stretch_kernel(
             if BLOCK == BLOCKS - 1:
                 store_vector(query_log_sum + start, row, rows, log_sum_exp(top, mass))
     tl.store(peak_total + (flat_query * stretches + stretch) * BLOCKS + BLOCK, tl.max(total, 0))
+    if BLOCK == BLOCKS - 1:
+        within = (tl.min(least, 0) > LEAST_MASS) & (tl.max(most, 0) < MOST_MASS)
+        tl.store(in_range + flat_query * stretches + stretch, within.to(tl.int32))
     if (stretch == stretches - 1) & (group == 0):
         # As it is: causal_careful brings it to its log-sum-exp.
         store_state(

@@ -8,7 +8,14 @@ Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks,
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_key_bias, load_rows, sequence_bounds
+from spectraformer.ops.triton.tiles import (
+    LOG2_E,
+    key_log_weight,
+    load_key_bias,
+    load_rows,
+    load_vector,
+    sequence_bounds,
+)
 
 # Sizes that must not compile a kernel anew when they change.
 SIZES = (
@@ -155,7 +162,7 @@ def load_landmark_weight(landmark_bias, reference, landmark, M: tl.constexpr):
 @triton.jit
 def load_normaliser(query_log_sum, row, rows):
     """Log-sums of queries; inf, for weights of 0, outside and for queries without any key."""
-    normaliser = tl.load(query_log_sum + row, mask=row < rows, other=float("inf"))
+    normaliser = load_vector(query_log_sum, row, rows, float("inf"))
     return tl.where(normaliser == float("-inf"), float("inf"), normaliser)
 
 
