@@ -84,12 +84,12 @@ def careful_stretch_kernel(
     key_quadratic_head, log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, groups, n, span,
     middle, stretches, m_padded,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, QUERIES: tl.constexpr, AT_ONCE: tl.constexpr,
-    PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, QUERIES: tl.constexpr,
+    AT_ONCE: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one query head."""
     stretch, begin, end, flat_query, flat, group = locate_stretch(
-        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, TOKENS
+        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, EARLY
     )
     batch, head = flat // heads, flat % heads
     query_mass += flat_query * n

@@ -50,11 +50,12 @@ def careful_query_backward_kernel(
     key_landmarks_head, key_landmarks_row, landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head,
     key_quadratic_batch, key_quadratic_head, heads, groups, n, span, middle, stretches,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one query head."""
     stretch, begin, end, flat_query, flat, group = locate_stretch(
-        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, TOKENS
+        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, EARLY
     )
     place = flat_query * stretches + stretch
     if sums_in_range(peak_total + place * BLOCKS, BLOCKS):
@@ -142,11 +143,12 @@ def careful_key_backward_kernel(
     key_landmarks_head, key_landmarks_row, landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head,
     key_quadratic_batch, key_quadratic_head, heads, groups, n, span, middle, stretches,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one key head, keys along the rows."""
     stretch, begin, end, flat, _flat, _group = locate_stretch(
-        tl.program_id(0), tl.num_programs(0), stretches, 1, span, middle, n, TOKENS
+        tl.program_id(0), tl.num_programs(0), stretches, 1, span, middle, n, EARLY
     )
     # Sums of features are of keys alone: those of the first query head will do.
     if sums_in_range(peak_total + (flat * groups * stretches + stretch) * BLOCKS, BLOCKS):

@@ -63,6 +63,8 @@ def choose(name: str, dtype: torch.dtype, head_dim: int, landmarks: int) -> Conf
     return row[name]._replace(tokens=min(row[name].tokens, row[PASSES[0]].tokens))
 
 
+# Of the backward by stretches.
+STRETCH_PASSES = ("sums", "queries", "values", "keys")
 # Head and value dims, and landmarks, up to which stretches are taken.
 STRETCH_DIM, STRETCH_LANDMARKS = 128, 256
 # Stretches but the first few have a multiple of so many tokens, of chunks; the second ends after so many tiles.
@@ -78,11 +80,13 @@ class Stretches(NamedTuple):
         number: How many there are.
         span: Tokens of those that are as long as any.
         middle: Tokens before the end of the second.
+        early: Tokens of the first.
     """
 
     number: int
     span: int
     middle: int
+    early: int
 
 
 def choose_stretches(dtype: torch.dtype, head_dim: int, landmarks: int) -> Configuration | None:
@@ -96,30 +100,50 @@ def choose_stretches(dtype: torch.dtype, head_dim: int, landmarks: int) -> Confi
     if dtype == torch.float32 or head_dim > STRETCH_DIM or landmarks > STRETCH_LANDMARKS:
         return None
     # Twice as many would not leave their state in registers.
-    block = 64 if head_dim > 64 or landmarks <= 64 else 128
-    return Configuration(block, 64, 4, 1 if head_dim > 64 else 2 if head_dim * block > 32 * 128 else 3)
+    block = 64 if landmarks <= 64 else 128
+    if head_dim > 64:
+        return Configuration(64, 64, 4, 1) if block == 64 else Configuration(128, 128, 8, 1)
+    return Configuration(block, 64, 4, 2 if head_dim * block > 32 * 128 else 3)
 
 
-def choose_stretches_backward(name: str, forward: Configuration) -> Configuration:
+def choose_stretches_backward(
+    name: str, forward: Configuration, dtype: torch.dtype, head_dim: int, landmarks: int
+) -> Configuration:
     """The configuration of one pass of the backward by stretches.
 
     Args:
-        name: "sums", "queries" or "keys".
+        name: One of STRETCH_PASSES.
         forward: That of the forward.
+        dtype: As in choose.
+        head_dim: As in choose.
+        landmarks: Number of landmarks m.
     """
-    if name == "sums" and forward.landmarks == 128:
-        return forward._replace(warps=8, stages=2, registers=128)
+    if name == "sums" and landmarks > 64 and dtype != torch.float32:
+        # As the kernel of bidirectional keys.
+        return Configuration(128, 64, 8, 3, registers=128 if head_dim <= 64 else None)
+    if head_dim <= 32:
+        return forward
+    if head_dim > 64 and dtype != torch.float32:
+        return Configuration(64, 64, 4, 1)
+    # In float16 copies of the landmarks in bfloat16 would take the room.
+    if name in ("queries", "keys") and head_dim <= 64 and forward.landmarks == 128 and dtype == torch.bfloat16:
+        # One program of twice the size a multiprocessor, for its state takes half the registers of a thread.
+        return forward._replace(tokens=128, warps=8, stages=2)
     return forward._replace(stages=1)
 
 
-def cut_stretches(tokens: int, independent: int, configuration: Configuration) -> Stretches | None:
+def cut_stretches(
+    tokens: int, independent: int, configuration: Configuration, early: int | None = None
+) -> Stretches | None:
     """Stretches to cut a sequence into; None if programs are too few that way.
 
     Args:
         tokens: Length of the sequence, >= 1.
         independent: Programs there are without cutting.
         configuration: Gives the tile and the number of programs that a GPU has room for.
+        early: Tokens of the first stretch, a multiple of the tiles of all passes; None for one tile.
     """
+    early = early or configuration.tokens
     room = configuration.programs
 
     def filled(long: int) -> float:
@@ -133,5 +157,5 @@ def cut_stretches(tokens: int, independent: int, configuration: Configuration) -
         return None
     middle = min(MIDDLE * configuration.tokens, span)
     if tokens <= middle:
-        return Stretches(1 if tokens <= configuration.tokens else 2, span, middle)
-    return Stretches(long + (2 if middle < span else 1), span, middle)
+        return Stretches(1 if tokens <= early else 2, span, middle, early)
+    return Stretches(long + (2 if middle < span else 1), span, middle, early)

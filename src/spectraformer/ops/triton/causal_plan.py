@@ -15,9 +15,11 @@ from torch import Tensor
 from spectraformer.ops.triton.causal_chunks import chunk_sequence_kernel, chunk_state_kernel, round_kernel
 from spectraformer.ops.triton.causal_configurations import (
     PASSES,
+    STRETCH_PASSES,
     Stretches,
     choose,
     choose_stretches,
+    choose_stretches_backward,
     cut_stretches,
 )
 from spectraformer.ops.triton.causal_forward import chunk_output_kernel
@@ -102,10 +104,13 @@ def by_stretches(
     """How a call goes by stretches; None if it goes by states of all chunks."""
     if boundaries is not None or given is not None:
         return None
-    chosen = choose_stretches(key.dtype, max(key.shape[-1], value.shape[-1]), landmarks)
+    widest = max(key.shape[-1], value.shape[-1])
+    chosen = choose_stretches(key.dtype, widest, landmarks)
     if chosen is None:
         return None
-    stretches = cut_stretches(key.shape[2], query.shape[0] * query.shape[1], chosen)
+    passes = [choose_stretches_backward(name, chosen, key.dtype, widest, landmarks) for name in STRETCH_PASSES]
+    early = max(x.tokens for x in (chosen, *passes))
+    stretches = cut_stretches(key.shape[2], query.shape[0] * query.shape[1], chosen, early)
     return None if stretches is None else ByStretches(chosen, stretches)
 
 

@@ -21,16 +21,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.causal_stretches import load_tokens, locate_stretch
+from spectraformer.ops.triton.causal_stretches import locate_stretch
 from spectraformer.ops.triton.causal_tiles import SIZES, load_landmark_weight, load_normaliser, load_reference
 from spectraformer.ops.triton.tiles import (
     LOG2_E,
     NARROW,
     exponent_parts,
+    load_keys,
     load_quadratic,
     load_tile,
     load_vector,
     quadratic_weight,
+    rounded,
     store_tile,
     store_vector,
 )
@@ -50,14 +52,14 @@ def stretch_sums_kernel(
     query_batch, query_head, query_row, grad_batch, grad_head, grad_row, query_landmarks_batch, query_landmarks_head,
     query_landmarks_row, landmark_bias_batch, landmark_bias_head, heads, groups, n, span, middle, stretches,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A block of landmarks, along the rows; a stretch of a query head."""
     program = tl.program_id(0)
     block = program % BLOCKS
     stretch, begin, end, flat_query, flat, group = locate_stretch(
-        program // BLOCKS, tl.num_programs(0) // BLOCKS, stretches, groups, span, middle, n, TOKENS
+        program // BLOCKS, tl.num_programs(0) // BLOCKS, stretches, groups, span, middle, n, EARLY
     )
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + (head * groups + group) * query_head
@@ -90,7 +92,8 @@ def stretch_sums_kernel(
         normaliser = load_normaliser(query_log_sum + start, row, rows)
         logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E
         p = tl.exp2(logits + own[:, None] - normaliser[None, :])
-        left_inner += tl.sum(p * inner[None, :], 1)
+        # Of the rounded weights, as the other sums are: an error common to both cancels.
+        left_inner += tl.sum(rounded(p, PRODUCT) * inner[None, :], 1)
         left = tl.dot(p.to(PRODUCT), do.to(PRODUCT), left, input_precision=PRECISION)
     place = (flat_query * stretches + stretch) * M
     tl.store(left_delta + place + landmark, left_inner, mask=landmark < M)
@@ -114,12 +117,12 @@ def stretch_query_backward_kernel(
     key_landmarks_head, key_landmarks_row, landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head,
     key_quadratic_batch, key_quadratic_head, heads, groups, n, span, middle, stretches,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A block of landmarks, a stretch of a query head, tile after tile."""
     stretch, begin, end, flat_query, flat, group = locate_stretch(
-        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, TOKENS
+        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, EARLY
     )
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + (head * groups + group) * query_head
@@ -154,16 +157,15 @@ def stretch_query_backward_kernel(
     of_bias = tl.zeros((LANDMARKS,), tl.float32)
     for start in tl.range(begin, end, TOKENS, num_stages=STAGES):
         offset = tl.cast(start, tl.int64)
-        q, k, v, bias = load_tokens(
-            query, key, value, key_bias, query_row, key_row, value_row, start, n, D, E, D_PADDED, E_PADDED, TOKENS, EVEN
-        )
         rows = n - start
         if EVEN:
             rows = None
+        k, v, weight = load_keys(
+            key, value, key_bias, None, start, rows, key_row, value_row, D, E, D_PADDED, E_PADDED, TOKENS
+        )
         do = load_tile(grad + offset * grad_row, row, grad_row, rows, E, E_PADDED).to(PRODUCT)
         inner = load_vector(delta + start, row, rows, 0.0)
         normaliser = load_normaliser(query_log_sum + start, row, rows)
-        weight = bias
         if key_quadratic is not None:
             weight += quadratic_weight(k, quadratic)
         v = v.to(PRODUCT)
@@ -180,6 +182,8 @@ def stretch_query_backward_kernel(
         ds = tl.dot(pairs, tl.trans(features), ds, input_precision=PRECISION)
         ds -= inner[:, None] * total[None, :]
         total += gained
+        # Not before: where nothing is copied ahead, queries take the place of keys.
+        q = load_tile(query + offset * query_row, row, query_row, rows, D, D_PADDED)
         logits = tl.dot(ones, tl.trans(parts), input_precision=PRECISION)
         logits = tl.dot(q, tl.trans(u), logits, input_precision=PRECISION)
         ds *= tl.exp2(logits * LOG2_E + (top - normaliser)[:, None])

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from spectraformer.ops.triton.causal_backward import Gradients, Wanted, of_landmarks
 from spectraformer.ops.triton.causal_careful_backward import careful_key_backward_kernel, careful_query_backward_kernel
-from spectraformer.ops.triton.causal_configurations import choose_stretches_backward
+from spectraformer.ops.triton.causal_configurations import STRETCH_PASSES, choose_stretches_backward
 from spectraformer.ops.triton.causal_plan import STEEP_WARPS, ByStretches, columns_of, launch_of, state_dtype
 from spectraformer.ops.triton.causal_stretch_backward import stretch_query_backward_kernel, stretch_sums_kernel
 from spectraformer.ops.triton.causal_stretch_key_backward import given_sums_kernel, stretch_key_backward_kernel
+from spectraformer.ops.triton.causal_stretch_plan import CAREFUL_TILE
 from spectraformer.ops.triton.launch import Launch, product_type, strides
 
 # Landmarks of a program that finds the gradient of given sums, and its warps.
 GIVEN_ROWS, GIVEN_WARPS = 16, 4
+# What the kernel of keys fills unless it fills gradients of values alone.
+OF_KEYS = ("grad_key", "grad_key_bias", "grad_key_quadratic", "grad_key_logits")
 
 
 def plan_stretches_backward(
@@ -75,14 +78,16 @@ def plan_stretches_backward(
     """
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
-    groups, number, tile = query_heads // h, by.stretches.number, by.chosen.tokens
+    groups, number = query_heads // h, by.stretches.number
     new, product = query.new_empty, state_dtype(key.dtype)
 
     def floats(*shape: int, given: bool = True) -> Tensor | None:
         return new(shape, dtype=torch.float32) if given else None
 
-    of_sums, of_queries, of_keys = (choose_stretches_backward(x, by.chosen) for x in ("sums", "queries", "keys"))
-    blocks = -(-m // of_queries.landmarks)
+    of_sums, of_queries, of_values, of_keys = (
+        choose_stretches_backward(name, by.chosen, key.dtype, max(d, e), m) for name in STRETCH_PASSES
+    )
+    blocks = -(-m // of_keys.landmarks)
     grad_query, grad_key, grad_value = new(query.shape), new(key.shape), new(value.shape)
     operands = {
         "query": query,
@@ -137,31 +142,41 @@ def plan_stretches_backward(
         "E": e,
         "D_PADDED": columns_of(d, key.dtype),
         "E_PADDED": columns_of(max(d, e), key.dtype),
-        "TOKENS": tile,
+        "EARLY": by.stretches.early,
         "PRECISION": precision,
         "PRODUCT": product_type(key.dtype),
-        "EVEN": key_bias is None and n % tile == 0,
         "ALL": max(16, triton.next_power_of_2(m)),
         "ROWS": GIVEN_ROWS,
         "ROW_BLOCKS": -(-m // GIVEN_ROWS),
     }
-    careful = fixed | {"BLOCKS": peak_total.shape[-1]}
-    b_q, b_k = b * query_heads * number, b * h * number
-    sums_blocks = -(-m // of_sums.landmarks)
-    fixed_sums = fixed | {"BLOCKS": sums_blocks, "LANDMARKS": of_sums.landmarks, "STAGES": of_sums.stages}
-    launches = [
-        launch_of(stretch_sums_kernel, b_q * sums_blocks, arguments, fixed_sums, of_sums.warps, of_sums.registers)
-    ]
-    for kernel, programs, chosen in (
-        (stretch_query_backward_kernel, b_q, of_queries),
-        (stretch_key_backward_kernel, b_k, of_keys),
+    careful = fixed | {"BLOCKS": peak_total.shape[-1], "TOKENS": min(by.chosen.tokens, CAREFUL_TILE)}
+    of_query_heads, of_key_heads = b * query_heads * number, b * h * number
+    launches = []
+    for kernel, programs, chosen, given, together in (
+        (stretch_sums_kernel, of_query_heads, of_sums, arguments, True),
+        (stretch_query_backward_kernel, of_query_heads, of_queries, arguments, False),
+        (stretch_key_backward_kernel, of_key_heads, of_values, arguments | dict.fromkeys(OF_KEYS), False),
+        (stretch_key_backward_kernel, of_key_heads, of_keys, arguments | {"grad_value": None}, False),
     ):
-        for block in range(blocks):
-            of_block = {"BLOCK": block, "BLOCKS": blocks, "LANDMARKS": chosen.landmarks, "STAGES": chosen.stages}
-            launches.append(launch_of(kernel, programs, arguments, fixed | of_block, chosen.warps, chosen.registers))
+        count = -(-m // chosen.landmarks)
+        of_pass = fixed | {
+            "BLOCKS": count,
+            "LANDMARKS": chosen.landmarks,
+            "TOKENS": chosen.tokens,
+            "STAGES": chosen.stages,
+            "EVEN": key_bias is None and n % chosen.tokens == 0,
+        }
+        # Blocks of landmarks are programs of one launch, or a launch each that adds to what those before left.
+        for block in range(1 if together else count):
+            constants = of_pass | {"BLOCK": block}
+            launches.append(
+                launch_of(
+                    kernel, programs * (count if together else 1), given, constants, chosen.warps, chosen.registers
+                )
+            )
     launches += [
-        launch_of(careful_query_backward_kernel, b_q, arguments, careful, STEEP_WARPS),
-        launch_of(careful_key_backward_kernel, b_k, arguments, careful, STEEP_WARPS),
+        launch_of(careful_query_backward_kernel, of_query_heads, arguments, careful, STEEP_WARPS),
+        launch_of(careful_key_backward_kernel, of_key_heads, arguments, careful, STEEP_WARPS),
     ]
     if wanted.sums:
         launches.append(launch_of(given_sums_kernel, b * h * fixed["ROW_BLOCKS"], arguments, fixed, GIVEN_WARPS))

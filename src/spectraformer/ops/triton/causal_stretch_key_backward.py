@@ -27,11 +27,13 @@ from spectraformer.ops.triton.tiles import (
     LOG2_E,
     NARROW,
     exponent_parts,
-    load_keys,
+    load_key_bias,
     load_quadratic,
+    load_rows,
     load_tile,
     load_vector,
     quadratic_weight,
+    rounded,
     store_tile,
     store_vector,
 )
@@ -80,6 +82,36 @@ def load_queries(
 
 
 @triton.jit
+def add_queries(u, q, do, normaliser, inner, own, later, PRECISION: tl.constexpr):
+    """Weights of a tile of queries, landmarks along the rows, the sums with what they leave, and that of deltas."""
+    logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E
+    p = tl.exp2(logits + own[:, None] - normaliser[None, :])
+    # Of the rounded weights, as the other sums are: an error common to both cancels.
+    gained = tl.sum(rounded(p, do.dtype) * inner[None, :], 1)
+    p = p.to(do.dtype)
+    return p, tl.dot(p, do, later, input_precision=PRECISION), gained
+
+
+@triton.jit
+def load_weighted_keys(
+    key, key_row, weight, quadratic, row, present, D: tl.constexpr, D_PADDED: tl.constexpr
+):  # fmt: skip
+    """A tile of keys, and what every landmark adds to their logits; the pointer is at its first row."""
+    k = load_rows(key, row, key_row, present, D, D_PADDED)
+    if quadratic is not None:
+        weight += quadratic_weight(k, quadratic)
+    return k, weight
+
+
+@triton.jit
+def key_features(k, w, ones, parts, weight, PRECISION: tl.constexpr):
+    """Features of a tile of keys, keys along the rows; parts are those of what they are relative to, negative."""
+    logits = tl.dot(ones, tl.trans(parts), input_precision=PRECISION)
+    logits = tl.dot(k, tl.trans(w), logits, input_precision=PRECISION)
+    return tl.exp2(logits * LOG2_E + weight[:, None])
+
+
+@triton.jit
 def add_to_value_gradient(dv, features, p, do, row, PRECISION: tl.constexpr):
     """What queries of the tile that see its keys add."""
     scores = tl.dot(features, p, input_precision=PRECISION)
@@ -107,8 +139,8 @@ def stretch_key_backward_kernel(
     left_delta,  # (b h g, stretches, m) float32
     grad_sums_after,  # (b h, m, e + 1) float32, or None
     log_scale_after,  # (b h, m) float32
-    grad_key,  # (b h, n, d); of earlier blocks of landmarks before, as what follows
-    grad_value,  # (b h, n, e)
+    grad_key,  # (b h, n, d); of earlier blocks of landmarks before, as what follows; or None, as what follows but one
+    grad_value,  # (b h, n, e), or None
     grad_key_bias,  # (b h, n) float32, or None
     grad_key_quadratic,  # (b h, stretches, blocks, d) float32, or None
     grad_key_logits,  # (b h, n, m), or None
@@ -118,11 +150,14 @@ def stretch_key_backward_kernel(
     key_quadratic_batch, key_quadratic_head, heads, groups, n, span, middle, stretches,
     ONE_GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr,
     E_PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    EARLY: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A block of landmarks, a stretch of a key head, queries of all its query heads."""
+    """A block of landmarks, a stretch of a key head, queries of all its query heads.
+
+    Gradients of keys and of values are a launch each: for both at once registers do not suffice by far.
+    """
     stretch, begin, end, flat, _flat, _group = locate_stretch(
-        tl.program_id(0), tl.num_programs(0), stretches, 1, span, middle, n, TOKENS
+        tl.program_id(0), tl.num_programs(0), stretches, 1, span, middle, n, EARLY
     )
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + head * groups * query_head
@@ -157,6 +192,7 @@ def stretch_key_backward_kernel(
     own = load_landmark_weight(landmark_bias, reference, landmark, M)
     parts = exponent_parts(-reference, PRODUCT)
     column = tl.arange(0, D_PADDED)
+    quadratic = key_quadratic
     if key_quadratic is not None:
         quadratic = load_quadratic(key_quadratic, D, D_PADDED)
     ones = tl.full((TOKENS, NARROW), 1.0, PRODUCT)
@@ -168,41 +204,43 @@ def stretch_key_backward_kernel(
         rows = n - start
         if EVEN:
             rows = None
-        k, v, weight = load_keys(
-            key, value, key_bias, None, start, rows, key_row, value_row, D, E, D_PADDED, E_PADDED, TOKENS
-        )
-        if key_quadratic is not None:
-            weight += quadratic_weight(k, quadratic)
-        v = v.to(PRODUCT)
+        weight, present = tl.zeros((TOKENS,), tl.float32), None
+        if EVEN == 0:
+            bias = key_bias
+            if key_bias is not None:
+                bias = key_bias + start
+            weight = load_key_bias(bias, row, rows)
+            # Not "> -inf": a NaN must show.
+            present = weight != float("-inf")
+        if STAGES > 1:  # copied ahead all together
+            k, weight = load_weighted_keys(
+                key + offset * key_row, key_row, weight, quadratic, row, present, D, D_PADDED
+            )
         entering = later.to(PRODUCT)
-        gained = tl.zeros((LANDMARKS,), tl.float32)
         if ONE_GROUP:
             q, do, normaliser, inner = load_queries(
                 query + offset * query_row, grad + offset * grad_row, query_log_sum + start, delta + start, row, rows,
                 query_row, grad_row, D, E, D_PADDED, E_PADDED, PRODUCT,
             )  # fmt: skip
-            logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E
-            p = tl.exp2(logits + own[:, None] - normaliser[None, :])
-            gained += tl.sum(p * inner[None, :], 1)
-            p = p.to(PRODUCT)
             # The sums first: what comes after it needs the registers.
-            later = tl.dot(p, do, later, input_precision=PRECISION)
-        logits = tl.dot(ones, tl.trans(parts), input_precision=PRECISION)
-        logits = tl.dot(k, tl.trans(w), logits, input_precision=PRECISION)
-        features = tl.exp2(logits * LOG2_E + weight[:, None]).to(PRODUCT)
-        dv = tl.dot(features, entering, input_precision=PRECISION)
-        if ONE_GROUP:
-            dv = add_to_value_gradient(dv, features, p, do, row, PRECISION)
-        place_of_value = grad_value + (flat * n + offset) * E
-        if BLOCK > 0:
-            dv += load_tile(place_of_value, row, E, rows, E, E_PADDED).to(tl.float32)
-        if ONE_GROUP:
-            store_tile(place_of_value, row, E, rows, dv, E, E_PADDED)
-        ds = tl.dot(v, tl.trans(entering), input_precision=PRECISION)
-        ds -= later_inner[None, :]
-        if ONE_GROUP:
-            ds = add_to_logit_gradient(ds, v, p, do, inner, row, PRECISION)
-        else:
+            p, later, gained = add_queries(u, q, do, normaliser, inner, own, later, PRECISION)
+        if grad_value is not None:
+            if STAGES == 1:
+                k, weight = load_weighted_keys(
+                    key + offset * key_row, key_row, weight, quadratic, row, present, D, D_PADDED
+                )
+            features = key_features(k, w, ones, parts, weight, PRECISION).to(PRODUCT)
+            dv = tl.dot(features, entering, input_precision=PRECISION)
+            if ONE_GROUP:
+                dv = add_to_value_gradient(dv, features, p, do, row, PRECISION)
+        if grad_key is not None:
+            v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED).to(PRODUCT)
+            ds = tl.dot(v, tl.trans(entering), input_precision=PRECISION)
+            ds -= later_inner[None, :]
+            if ONE_GROUP:
+                ds = add_to_logit_gradient(ds, v, p, do, inner, row, PRECISION)
+                later_inner += gained
+        if ONE_GROUP == 0:
             for group in range(groups):
                 index = tl.cast(group, tl.int64)
                 q, do, normaliser, inner = load_queries(
@@ -210,44 +248,47 @@ def stretch_key_backward_kernel(
                     query_log_sum + index * n + start, delta + index * n + start, row, rows, query_row, grad_row,
                     D, E, D_PADDED, E_PADDED, PRODUCT,
                 )  # fmt: skip
-                logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E
-                p = tl.exp2(logits + own[:, None] - normaliser[None, :])
-                gained += tl.sum(p * inner[None, :], 1)
-                p = p.to(PRODUCT)
-                later = tl.dot(p, do, later, input_precision=PRECISION)
-                dv = add_to_value_gradient(dv, features, p, do, row, PRECISION)
-                ds = add_to_logit_gradient(ds, v, p, do, inner, row, PRECISION)
-            store_tile(place_of_value, row, E, rows, dv, E, E_PADDED)
-        later_inner += gained
-        ds *= features.to(tl.float32)
-        dt = tl.sum(ds, 1)
-        ds = ds.to(PRODUCT)
-        dk = tl.dot(ds, of_logits, input_precision=PRECISION)
-        if key_quadratic is not None:
-            # Once more, rather than in registers all along; marked, or the compiler takes it for the first time.
-            wide = tl.load(
-                key + (offset + row)[:, None] * key_row + column[None, :],
-                mask=(weight != float("-inf"))[:, None] & (column < D)[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            ).to(tl.float32)
-            dk += 2 * dt[:, None] * quadratic[None, :] * wide
-            if grad_key_quadratic is not None:
-                of_quadratic += tl.sum(dt[:, None] * wide * wide, 0)
-        place = grad_key + (flat * n + offset) * D
-        if BLOCK > 0:
-            dk += load_tile(place, row, D, rows, D, D_PADDED).to(tl.float32)
-        store_tile(place, row, D, rows, dk, D, D_PADDED)
-        if grad_key_bias is not None:
+                p, later, gained = add_queries(u, q, do, normaliser, inner, own, later, PRECISION)
+                later_inner += gained
+                if grad_value is not None:
+                    dv = add_to_value_gradient(dv, features, p, do, row, PRECISION)
+                if grad_key is not None:
+                    ds = add_to_logit_gradient(ds, v, p, do, inner, row, PRECISION)
+        if grad_value is not None:
+            place = grad_value + (flat * n + offset) * E
             if BLOCK > 0:
-                dt += load_vector(grad_key_bias + flat * n + start, row, rows, 0.0)
-            store_vector(grad_key_bias + flat * n + start, row, rows, dt)
-        if grad_key_logits is not None:
-            tl.store(
-                grad_key_logits + (flat * n + start + row)[:, None] * M + landmark[None, :],
-                ds,
-                mask=(row < n - start)[:, None] & inside[None, :],
-            )
+                dv += load_tile(place, row, E, rows, E, E_PADDED).to(tl.float32)
+            store_tile(place, row, E, rows, dv, E, E_PADDED)
+        if grad_key is not None:
+            if STAGES == 1:
+                # Not before: they take the place of queries.
+                k, weight = load_weighted_keys(
+                    key + offset * key_row, key_row, weight, quadratic, row, present, D, D_PADDED
+                )
+            # Not before, either: registers.
+            ds *= key_features(k, w, ones, parts, weight, PRECISION)
+            dt = tl.sum(ds, 1)
+            ds = ds.to(PRODUCT)
+            dk = tl.dot(ds, of_logits, input_precision=PRECISION)
+            if key_quadratic is not None:
+                wide = k.to(tl.float32)
+                dk += 2 * dt[:, None] * quadratic[None, :] * wide
+                if grad_key_quadratic is not None:
+                    of_quadratic += tl.sum(dt[:, None] * wide * wide, 0)
+            place = grad_key + (flat * n + offset) * D
+            if BLOCK > 0:
+                dk += load_tile(place, row, D, rows, D, D_PADDED).to(tl.float32)
+            store_tile(place, row, D, rows, dk, D, D_PADDED)
+            if grad_key_bias is not None:
+                if BLOCK > 0:
+                    dt += load_vector(grad_key_bias + flat * n + start, row, rows, 0.0)
+                store_vector(grad_key_bias + flat * n + start, row, rows, dt)
+            if grad_key_logits is not None:
+                tl.store(
+                    grad_key_logits + (flat * n + start + row)[:, None] * M + landmark[None, :],
+                    ds,
+                    mask=(row < n - start)[:, None] & inside[None, :],
+                )
     if grad_key_quadratic is not None:
         place_of_quadratic = ((flat * stretches + stretch) * BLOCKS + BLOCK) * D + column
         tl.store(grad_key_quadratic + place_of_quadratic, of_quadratic, mask=column < D)

@@ -29,6 +29,8 @@ from spectraformer.ops.triton.launch import Launch, constants, state_strides, st
 # Queries whose sums are checked at once; head dim up to which blocks of landmarks after the first have room to copy
 # ahead.
 CHECKED, NARROW_DIM = 2048, 32
+# Tokens of a tile of what is computed again, at most.
+CAREFUL_TILE = 64
 
 
 def plan_stretches(
@@ -129,15 +131,17 @@ def plan_stretches(
     fixed = compile_time(chosen, found, m, d, e, precision, key.dtype)
     fixed |= {
         "EVEN": key_bias is None and n % chosen.tokens == 0,
+        "EARLY": stretches.early,
         "ALL": max(16, triton.next_power_of_2(m)),
         "AT_ONCE": CHECKED,
-        "QUERIES": min(chosen.tokens, fixed["QUERIES"]),
     }
+    tile = min(chosen.tokens, CAREFUL_TILE)
+    careful = fixed | {"TOKENS": tile, "QUERIES": min(tile, fixed["QUERIES"])}
     of_keys |= {
-        "EARLY": chosen.tokens,
+        "EARLY": stretches.early,
         "ONE_PIECE": False,
         "FIXED_REFERENCE": key.dtype == torch.bfloat16,
-        "EVEN": n % keys.tokens == 0 and chosen.tokens % keys.tokens == 0,
+        "EVEN": n % keys.tokens == 0 and stretches.early % keys.tokens == 0,
     }
     programs = b * query_heads * count
     launches = []
@@ -149,5 +153,5 @@ def plan_stretches(
         stages = chosen.stages if block == 0 or fixed["D_PADDED"] <= NARROW_DIM else 1
         of_block = fixed | {"BLOCK": block, "STAGES": stages}
         launches.append(launch_of(stretch_kernel, programs, arguments, of_block, chosen.warps, chosen.registers))
-    launches.append(launch_of(careful_stretch_kernel, programs, arguments, fixed, STEEP_WARPS))
+    launches.append(launch_of(careful_stretch_kernel, programs, arguments, careful, STEEP_WARPS))
     return launches, forward_results(out, after_scale, after_sums, query_log_sum, kept)

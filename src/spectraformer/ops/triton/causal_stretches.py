@@ -54,7 +54,7 @@ LEAST_KEPT = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def locate_stretch(program, programs, stretches, groups, span, middle, n, TOKENS: tl.constexpr):
+def locate_stretch(program, programs, stretches, groups, span, middle, n, EARLY: tl.constexpr):
     """Of a program: its stretch with first token and end, its query head, its key head, and which of its query heads.
 
     The last stretches, the longest, first.
@@ -63,7 +63,7 @@ def locate_stretch(program, programs, stretches, groups, span, middle, n, TOKENS
     stretch = stretches - 1 - program // query_heads
     flat_query = tl.cast(program % query_heads, tl.int64)
     flat, group = flat_query // groups, flat_query % groups
-    begin, end = piece_bounds(stretch, span, middle, n, TOKENS)
+    begin, end = piece_bounds(stretch, span, middle, n, EARLY)
     return stretch, begin, end, flat_query, flat, group
 
 
@@ -160,12 +160,12 @@ def stretch_kernel(
     key_quadratic_head, log_scale_batch, log_scale_head, sums_batch, sums_head, sums_row, heads, groups, n, span,
     middle, stretches, m_padded,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LANDMARKS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A block of landmarks, a stretch of a query head, tile after tile."""
     stretch, begin, end, flat_query, flat, group = locate_stretch(
-        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, TOKENS
+        tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, EARLY
     )
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + (head * groups + group) * query_head

@@ -69,9 +69,7 @@ def plan_forward(
         return launches, (out, landmark_value, log_sum, new(0, dtype=torch.float32))
     partial_value, partial_total, partial_peak = landmark_value, log_sum, None
     if pieces > 1:
-        # In 16 bits they take half the time to merge; the exponents of float16 are too few.
-        partial_dtype = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float32
-        partial_value = new(b * h, pieces, padded, e, dtype=partial_dtype)
+        partial_value = new(b * h, pieces, padded, e, dtype=torch.float32)
         partial_total, partial_peak = (new(b * h, pieces, padded, dtype=torch.float32) for _ in range(2))
     launches = [
         Launch(
