@@ -136,6 +136,17 @@ def _bounds(piece, found, n, tile):
     return ends[piece], min(ends[piece + 1], n)
 
 
+def test_little_is_kept_for_a_backward():
+    """A log-sum-exp a query and a state a stretch: a tenth of the queries at most, where states of chunks are as many."""
+    from spectraformer.ops.triton.causal_plan import plan_forward
+
+    query, key, value = (torch.empty(8, 8, 65536, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    landmarks, bias = torch.empty(1, 8, 128, 64, device="meta"), torch.empty(1, 8, 128, device="meta")
+    operands = (query, key, value, landmarks, landmarks, bias, None, None, None, None)
+    _, found = plan_forward(*operands, needs_backward=True, precision="tf32x3")
+    assert sum(x.numel() * x.element_size() for x in found[3:]) < query.numel() * 2 / 10
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_hopper_onto_tensor_cores_and_mostly_into_registers():
     for shape, plain, found in run_program(__file__, "compile", interpret=False):

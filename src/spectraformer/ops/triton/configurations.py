@@ -78,11 +78,11 @@ def _sixteen_bit(d: int, m: int) -> dict[str, Configuration]:
         }
     if m == 256:
         queries, of_queries = Configuration(block, 64, 4, 3), Configuration(block, 64, 4, 2)
-        of_keys = Configuration(64, 128, 8, 2)
+        of_keys = Configuration(64, 64, 4, 2)
     elif d == 64:
         # 168 registers let three programs share a processor.
         queries, of_queries = Configuration(block, 64, 4, 3, 396, registers=168), Configuration(block, 64, 4, 3)
-        of_keys = Configuration(block, 64, 4, 2)
+        of_keys = Configuration(block, 64, 4, 3)
     else:
         queries = Configuration(block, 64, 4, 3, 528, registers=128)
         of_queries, of_keys = Configuration(block, 64, 4, 3, 396, registers=168), Configuration(block, 64, 4, 3)
