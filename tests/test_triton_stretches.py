@@ -137,7 +137,7 @@ def _bounds(piece, found, n, tile):
 
 
 def test_little_is_kept_for_a_backward():
-    """A log-sum-exp a query and a state a stretch: a tenth of the queries at most, where states of chunks are as many."""
+    """A log-sum-exp a query and a state a stretch: less than a tenth of the queries."""
     from spectraformer.ops.triton.causal_plan import plan_forward
 
     query, key, value = (torch.empty(8, 8, 65536, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))

@@ -196,20 +196,21 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     query, key, value, landmarks = arguments[:4]
     boundaries, needs_backward = arguments[INPUTS - 1 : INPUTS + 1]
     (b, h, n, _), e, m = key.shape, value.shape[-1], landmarks.shape[-2]
-    found, stretches = cut(key, value, m, boundaries), by_stretches(query, key, value, m, boundaries)
+    stretches = by_stretches(query, key, value, m, boundaries)
+    sequences = 1 if boundaries is None else len(boundaries) - 1
 
     def new(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
     if stretches is None:
-        kept = kept_states(query, found, b * h, m, e)
+        kept = kept_states(query, cut(key, value, m, boundaries), b * h, m, e)
     else:
         kept = kept_stretches(query, stretches, b * h, m, e)
     kept = {"query_log_sum": new(b * query.shape[1], n), **kept}
     return (
         query.new_empty(*query.shape[:3], e),
-        new(b * found.sequences, h, m),
-        new(b * found.sequences, h, m, e + 1),
+        new(b * sequences, h, m),
+        new(b * sequences, h, m, e + 1),
         *[x if needs_backward else x.new_empty(0) for x in kept.values()],
     )
 

@@ -170,6 +170,21 @@ def compile_time(
     }
 
 
+def stretch_constants(by: ByStretches, m: int, d: int, e: int, precision: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments common to the kernels of stretches."""
+    return {
+        "M": m,
+        "D": d,
+        "E": e,
+        "D_PADDED": columns_of(d, dtype),
+        "E_PADDED": columns_of(e if dtype == torch.float32 else max(d, e), dtype),
+        "EARLY": by.stretches.early,
+        "ALL": max(16, triton.next_power_of_2(m)),
+        "PRECISION": precision,
+        "PRODUCT": product_type(dtype),
+    }
+
+
 def rounded(query_landmarks: Tensor, key_landmarks: Tensor, dtype: torch.dtype) -> tuple[Launch, dict[str, Any]]:
     """What makes landmarks dense and of the dtype of the keys, and the arguments they become."""
     given = {"query_landmarks": query_landmarks, "key_landmarks": key_landmarks}
@@ -302,15 +317,15 @@ def plan_forward(
     """
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
-    found = cut(key, value, m, boundaries, configurations)
     stretches = by_stretches(query, key, value, m, boundaries, configurations)
     if stretches is not None:
         from spectraformer.ops.triton.causal_stretch_plan import plan_stretches
 
         operands = (query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic)
         return plan_stretches(
-            *operands, log_scale, sums, needs_backward=needs_backward, precision=precision, by=stretches, found=found
+            *operands, log_scale, sums, needs_backward=needs_backward, precision=precision, by=stretches
         )
+    found = cut(key, value, m, boundaries, configurations)
     chunks, items = found.chunks, b * found.sequences
 
     def floats(*shape: int) -> Tensor:

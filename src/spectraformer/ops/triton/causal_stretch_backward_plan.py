@@ -9,17 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_backward import Gradients, Wanted, of_landmarks
 from spectraformer.ops.triton.causal_careful_backward import careful_key_backward_kernel, careful_query_backward_kernel
 from spectraformer.ops.triton.causal_configurations import STRETCH_PASSES, choose_stretches_backward
-from spectraformer.ops.triton.causal_plan import STEEP_WARPS, ByStretches, columns_of, launch_of, state_dtype
+from spectraformer.ops.triton.causal_plan import STEEP_WARPS, ByStretches, launch_of, state_dtype, stretch_constants
 from spectraformer.ops.triton.causal_stretch_backward import stretch_query_backward_kernel, stretch_sums_kernel
 from spectraformer.ops.triton.causal_stretch_key_backward import given_sums_kernel, stretch_key_backward_kernel
 from spectraformer.ops.triton.causal_stretch_plan import CAREFUL_TILE
-from spectraformer.ops.triton.launch import Launch, product_type, strides
+from spectraformer.ops.triton.launch import Launch, strides
 
 # Landmarks of a program that finds the gradient of given sums, and its warps.
 GIVEN_ROWS, GIVEN_WARPS = 16, 4
@@ -135,20 +134,7 @@ def plan_stretches_backward(
         "middle": by.stretches.middle,
         "stretches": number,
     }
-    fixed = {
-        "ONE_GROUP": groups == 1,
-        "M": m,
-        "D": d,
-        "E": e,
-        "D_PADDED": columns_of(d, key.dtype),
-        "E_PADDED": columns_of(max(d, e), key.dtype),
-        "EARLY": by.stretches.early,
-        "PRECISION": precision,
-        "PRODUCT": product_type(key.dtype),
-        "ALL": max(16, triton.next_power_of_2(m)),
-        "ROWS": GIVEN_ROWS,
-        "ROW_BLOCKS": -(-m // GIVEN_ROWS),
-    }
+    fixed = stretch_constants(by, m, d, e, precision, key.dtype)
     careful = fixed | {"BLOCKS": peak_total.shape[-1], "TOKENS": min(by.chosen.tokens, CAREFUL_TILE)}
     of_query_heads, of_key_heads = b * query_heads * number, b * h * number
     launches = []
@@ -160,6 +146,7 @@ def plan_stretches_backward(
     ):
         count = -(-m // chosen.landmarks)
         of_pass = fixed | {
+            "ONE_GROUP": groups == 1,
             "BLOCKS": count,
             "LANDMARKS": chosen.landmarks,
             "TOKENS": chosen.tokens,
@@ -179,7 +166,8 @@ def plan_stretches_backward(
         launch_of(careful_key_backward_kernel, of_key_heads, arguments, careful, STEEP_WARPS),
     ]
     if wanted.sums:
-        launches.append(launch_of(given_sums_kernel, b * h * fixed["ROW_BLOCKS"], arguments, fixed, GIVEN_WARPS))
+        rows = {"ROWS": GIVEN_ROWS, "ROW_BLOCKS": -(-m // GIVEN_ROWS)}
+        launches.append(launch_of(given_sums_kernel, b * h * rows["ROW_BLOCKS"], arguments, fixed | rows, GIVEN_WARPS))
     of_query_landmarks = of_landmarks(query, None, arguments["grad_query_logits"], None, h, precision)
     of_key_landmarks = of_landmarks(key, key_bias, arguments["grad_key_logits"], None, h, precision)
     launches += of_query_landmarks[0] + of_key_landmarks[0]

@@ -7,19 +7,18 @@ Legend: b batch, h key heads, g query heads per key head, n tokens, m landmarks,
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from spectraformer.ops.triton.causal_careful import careful_stretch_kernel
 from spectraformer.ops.triton.causal_plan import (
+    STEEP_TILE,
     STEEP_WARPS,
     ByStretches,
-    Cut,
     Forward,
-    compile_time,
     forward_results,
     kept_stretches,
     launch_of,
+    stretch_constants,
 )
 from spectraformer.ops.triton.causal_stretches import stretch_kernel
 from spectraformer.ops.triton.configurations import choose
@@ -48,7 +47,6 @@ def plan_stretches(
     needs_backward: bool,
     precision: str,
     by: ByStretches,
-    found: Cut,
 ) -> tuple[list[Launch], Forward]:
     """The kernels of the forward and the tensors they fill.
 
@@ -66,7 +64,6 @@ def plan_stretches(
         needs_backward: Whether to keep what the backward takes.
         precision: Of float32 products, as Triton names it.
         by: How stretches are taken.
-        found: How chunks would be.
     """
     b, h, n, d = key.shape
     query_heads, e, m = query.shape[1], value.shape[-1], query_landmarks.shape[-2]
@@ -128,15 +125,17 @@ def plan_stretches(
         "total": partial_total,
         "key_boundaries": None,
     }
-    fixed = compile_time(chosen, found, m, d, e, precision, key.dtype)
-    fixed |= {
+    fixed = stretch_constants(by, m, d, e, precision, key.dtype)
+    of_stretches = fixed | {
+        "BLOCKS": -(-m // chosen.landmarks),
+        "LANDMARKS": chosen.landmarks,
+        "TOKENS": chosen.tokens,
         "EVEN": key_bias is None and n % chosen.tokens == 0,
-        "EARLY": stretches.early,
-        "ALL": max(16, triton.next_power_of_2(m)),
-        "AT_ONCE": CHECKED,
     }
     tile = min(chosen.tokens, CAREFUL_TILE)
-    careful = fixed | {"TOKENS": tile, "QUERIES": min(tile, fixed["QUERIES"])}
+    # Tiles of queries times keys, and times dims, are in registers as float32.
+    queries = max(16, min(tile, STEEP_TILE // (2 * max(tile, fixed["D_PADDED"], fixed["E_PADDED"]))))
+    careful = fixed | {"BLOCKS": of_stretches["BLOCKS"], "TOKENS": tile, "QUERIES": queries, "AT_ONCE": CHECKED}
     of_keys |= {
         "EARLY": stretches.early,
         "ONE_PIECE": False,
@@ -148,10 +147,10 @@ def plan_stretches(
     if before_last:
         blocks = b * h * before_last * of_keys["BLOCKS"]
         launches.append(launch_of(key_kernel, blocks, arguments, of_keys, keys.warps, keys.registers))
-    for block in range(fixed["BLOCKS"]):
+    for block in range(of_stretches["BLOCKS"]):
         # Outputs so far would be copied ahead too, and two programs would not fit a multiprocessor.
         stages = chosen.stages if block == 0 or fixed["D_PADDED"] <= NARROW_DIM else 1
-        of_block = fixed | {"BLOCK": block, "STAGES": stages}
+        of_block = of_stretches | {"BLOCK": block, "STAGES": stages}
         launches.append(launch_of(stretch_kernel, programs, arguments, of_block, chosen.warps, chosen.registers))
     launches.append(launch_of(careful_stretch_kernel, programs, arguments, careful, STEEP_WARPS))
     return launches, forward_results(out, after_scale, after_sums, query_log_sum, kept)
