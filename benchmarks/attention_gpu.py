@@ -34,7 +34,7 @@ PARTS = {
             causal=(True,),
             competitors=("posrf-orf", "oprf-orf", "sdpa-cudnn"),
         ),
-        Suite(lengths=(8192,), modes=BOTH[1:], causal=(True,), competitors=("posrf-orf", "sdpa-cudnn")),
+        Suite(lengths=(2048, 8192, 65536), modes=BOTH[1:], causal=(True,), competitors=("posrf-orf", "sdpa-cudnn")),
     ],
     # It searches for tile shapes at every new shape.
     "fla": [
