@@ -31,13 +31,16 @@ from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_tile, st
 
 
 @triton.jit
-def last_beyond(query_mass, start, end, SIZE: tl.constexpr):
-    """The last query from start to end, SIZE at most, whose sum of weights is not in the range; -1 if there is none."""
+def last_beyond(query_mass, start, end, empty, SIZE: tl.constexpr):
+    """The last query from start to end, SIZE at most, whose sum of weights is not in the range; -1 if there is none.
+
+    Where there is no key so far it is to be 0, and may be a NaN all the same.
+    """
     row = start + tl.arange(0, SIZE)
-    mass = tl.load(query_mass + row, mask=row < end, other=1.0)
+    mass = tl.load(query_mass + row, mask=row < end, other=0.0)
     # So that a NaN is not.
-    good = (mass > LEAST_MASS) & (mass < MOST_MASS)
-    return tl.max(tl.where(good, -1, row), 0)
+    good = tl.where(empty, mass == 0.0, (mass > LEAST_MASS) & (mass < MOST_MASS))
+    return tl.max(tl.where(good | (row >= end), -1, row), 0)
 
 
 @triton.jit
@@ -103,10 +106,9 @@ def careful_stretch_kernel(
         most = tl.maximum(most, more)
     beyond = -1
     checked = tl.load(in_range + flat_query * stretches + stretch)
-    for start in range(begin, tl.where(checked == 0, end, begin), AT_ONCE):
-        beyond = tl.maximum(beyond, last_beyond(query_mass, start, end, AT_ONCE))
-    # Without any key so far there is nothing to be right.
-    beyond = tl.where(most == 0.0, -1, beyond)
+    empty = most == 0.0
+    for start in range(begin, tl.where(empty | (checked == 0), end, begin), AT_ONCE):
+        beyond = tl.maximum(beyond, last_beyond(query_mass, start, end, empty, AT_ONCE))
     landmark = tl.arange(0, ALL)
     inside = landmark < M
     final = (stretch == stretches - 1) & (group == 0)
@@ -167,9 +169,8 @@ def careful_stretch_kernel(
         after = log_sum_exp(reference, total)
         held = inside & (after != float("-inf"))
         rise = tl.max(tl.where(held, after - fixed, float("-inf")), 0)
-        within = (tl.exp2(rise) <= MOST_TOTAL) & (last_beyond(query_mass, start, end, TOKENS) < 0)
-        # Queries without any key have an output of 0 already.
-        within = within | (tl.max(held.to(tl.int32), 0) == 0)
+        empty_so_far = tl.max(held.to(tl.int32), 0) == 0
+        within = (tl.exp2(rise) <= MOST_TOTAL) & (last_beyond(query_mass, start, end, empty_so_far, TOKENS) < 0)
         attend_steeply(
             query, key, value, query_landmarks, key_landmarks, landmark_bias, key_bias, key_quadratic, careful_mean,
             careful_log_sum, out, query_log_sum, flat_query * n, start, n, within == 0, query_row, key_row, value_row,

@@ -107,7 +107,9 @@ def careful_query_backward_kernel(
             p = of_queries[:, None] + of_keys[None, :] - normaliser[:, None]
             p = tl.exp2(tl.where(row[None, :] <= row[:, None], p, float("-inf")))
             past = tl.exp2(of_queries + before - normaliser)
-            ds = tl.sum(p * pairs, 1) + past * (tl.sum(do.to(tl.float32) * mean[None, :], 1) - inner)
+            # Rounded as for products, as in the outputs that delta is of.
+            of_mean = tl.sum(do.to(tl.float32) * mean.to(PRODUCT).to(tl.float32)[None, :], 1)
+            ds = tl.sum(p * pairs, 1) + past * (of_mean - inner)
             dq += ds[:, None] * u[None, :]
             if grad_landmark_bias is not None:
                 of_bias += tl.where(every == landmark, tl.sum(ds, 0), 0.0)
@@ -143,8 +145,8 @@ def careful_key_backward_kernel(
     key_landmarks_head, key_landmarks_row, landmark_bias_batch, landmark_bias_head, key_bias_batch, key_bias_head,
     key_quadratic_batch, key_quadratic_head, heads, groups, n, span, middle, stretches,
     M: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    BLOCKS: tl.constexpr, KEY_BLOCKS: tl.constexpr, ALL: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one key head, keys along the rows."""
     stretch, begin, end, flat, _flat, _group = locate_stretch(
@@ -251,6 +253,8 @@ def careful_key_backward_kernel(
         tl.debug_barrier()
     if grad_key_quadratic is not None:
         at_quadratic = tl.arange(0, D_PADDED)
-        for block in tl.static_range(BLOCKS):
+        for block in tl.static_range(KEY_BLOCKS):
             of_block = of_quadratic if block == 0 else tl.zeros((D_PADDED,), tl.float32)
-            tl.store(grad_key_quadratic + (place * BLOCKS + block) * D + at_quadratic, of_block, mask=at_quadratic < D)
+            tl.store(
+                grad_key_quadratic + (place * KEY_BLOCKS + block) * D + at_quadratic, of_block, mask=at_quadratic < D
+            )

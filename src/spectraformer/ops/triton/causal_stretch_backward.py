@@ -150,6 +150,8 @@ def stretch_query_backward_kernel(
     state = load_tile(entering_mean + (flat * stretches + stretch) * M * E, landmark, E, M, E, E_PADDED)
     own = load_landmark_weight(landmark_bias, reference, landmark, M)
     top = tl.max(own, 0)
+    # A bias may remove all landmarks of the block.
+    top = tl.where(top == float("-inf"), 0.0, top)
     parts = exponent_parts(own - top, PRODUCT)
     if key_quadratic is not None:
         quadratic = load_quadratic(key_quadratic, D, D_PADDED)

@@ -135,7 +135,8 @@ def plan_stretches_backward(
         "stretches": number,
     }
     fixed = stretch_constants(by, m, d, e, precision, key.dtype)
-    careful = fixed | {"BLOCKS": peak_total.shape[-1], "TOKENS": min(by.chosen.tokens, CAREFUL_TILE)}
+    tile = min(by.chosen.tokens, CAREFUL_TILE)
+    careful = fixed | {"BLOCKS": peak_total.shape[-1], "KEY_BLOCKS": blocks, "TOKENS": tile}
     of_query_heads, of_key_heads = b * query_heads * number, b * h * number
     launches = []
     for kernel, programs, chosen, given, together in (

@@ -291,8 +291,9 @@ def stretch_kernel(
                 store_vector(query_log_sum + start, row, rows, log_sum_exp(top, mass))
     tl.store(peak_total + (flat_query * stretches + stretch) * BLOCKS + BLOCK, tl.max(total, 0))
     if BLOCK == BLOCKS - 1:
-        within = (tl.min(least, 0) > LEAST_MASS) & (tl.max(most, 0) < MOST_MASS)
-        tl.store(in_range + flat_query * stretches + stretch, within.to(tl.int32))
+        # Compared before they are reduced: a reduction forgets a NaN.
+        within = ((least > LEAST_MASS) & (most < MOST_MASS)).to(tl.int32)
+        tl.store(in_range + flat_query * stretches + stretch, tl.min(within, 0))
     if (stretch == stretches - 1) & (group == 0):
         # As it is: causal_careful brings it to its log-sum-exp.
         store_state(
