@@ -6,6 +6,8 @@ As in the tests of attention kernels, this file is both the tests and the progra
 import itertools
 import json
 import sys
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -81,6 +83,17 @@ def test_stretches_that_leave_the_range_are_noticed(interpreted):
 def test_landmarks_whose_references_are_far_apart_agree_with_float64(interpreted, case):
     """Sums over one block of landmarks leave the range, those over all do not; or nothing is yet to be relative to."""
     assert interpreted["far apart"][case] < BOUND
+
+
+@pytest.mark.parametrize("case", ("among the first keys", "before the first key", "a block of landmarks removed"))
+def test_no_gradient_is_lost_to_what_overflows_on_the_way(interpreted, case):
+    """A weight of infinity times a sum of 0; and references of a block in which no landmark is left."""
+    assert {name: e for name, e in interpreted["overflow"][case].items() if not e < STEEP_BOUND} == {}
+
+
+def test_blocks_of_landmarks_of_the_backward_may_be_fewer_at_once(interpreted):
+    assert {name: e for name, e in interpreted["narrower"]["errors"].items() if not e < STEEP_BOUND} == {}
+    assert interpreted["narrower"]["beyond"]
 
 
 def test_a_nan_in_a_bias_of_landmarks_shows(interpreted):
@@ -171,18 +184,70 @@ def choose_wider(name, forward, *_):
     return forward._replace(tokens=32) if name in ("queries", "keys") else forward
 
 
-def with_wider_tiles():
-    """Errors where two passes of the backward have tiles twice as wide as the forward's, as their stretches are cut."""
+def choose_narrower(name, forward, *_):
+    return forward._replace(landmarks=16)
+
+
+@contextmanager
+def backward_chosen_by(choose):
     from spectraformer.ops.triton import causal_plan, causal_stretch_backward_plan
 
     plans = (causal_plan, causal_stretch_backward_plan)
     shipped = causal_plan.choose_stretches_backward
     for plan in plans:
-        plan.choose_stretches_backward = choose_wider
-    found = {name: errors_of(CASES[name], 64) for name in WIDER}
+        plan.choose_stretches_backward = choose
+    yield
     for plan in plans:
         plan.choose_stretches_backward = shipped
+
+
+def with_wider_tiles():
+    """Errors where two passes of the backward have tiles twice as wide as the forward's, as their stretches are cut."""
+    with backward_chosen_by(choose_wider):
+        return {name: errors_of(CASES[name], 64) for name in WIDER}
+
+
+def with_narrower_blocks():
+    """Errors where the backward takes half as many landmarks together, and some stretch leaves the range."""
+    with backward_chosen_by(choose_narrower):
+        return errors_of((1, 2, 1, 144, 16, 16, 40, {"growth": 30.0, "curvature": 0.2}))
+
+
+def of_overflow():
+    """Errors of output and gradients with one query far above the first keys, and with a block of landmarks removed."""
+    found = {}
+    for name, removed, off in (
+        ("among the first keys", 0, 0),
+        ("before the first key", 40, 0),
+        ("a block of landmarks removed", 0, 32),
+    ):
+        operands, _ = operands_of(1, 1, 1, 64, 16, 16, 64, {})
+        query, u = operands[0].clone(), operands[3]
+        if not off:
+            query[0, 0, 5] = 200 * u[0, 0, 0] / u[0, 0, 0].square().sum()
+        landmark_bias, key_bias = operands[5].clone(), torch.zeros(1, 1, 64)
+        landmark_bias[..., :off], key_bias[..., :removed] = float("-inf"), float("-inf")
+        operands = [query, *operands[1:5], landmark_bias, key_bias, operands[7]]
+        found[name] = gradient_errors(operands)
     return found
+
+
+def gradient_errors(operands):
+    """Of the output and of every gradient, relative to the largest; of what is not finite infinity."""
+    from spectraformer.ops.triton.causal import causal_landmark_attention
+
+    weight = torch.randn(operands[0].shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for exact in (False, True):
+        given = [x.to(torch.float64 if exact else x.dtype).requires_grad_() for x in operands]
+        attend = exact_attention if exact else partial(causal_landmark_attention, precision="ieee")
+        out, _ = attend(*([given, None] if exact else given))
+        results.append([out, *torch.autograd.grad(out, given, weight.to(out.dtype))])
+    names = ("out", "query", "key", "value", "u", "w", "landmark_bias", "key_bias", "key_quadratic")
+    return {
+        name: ((x - y).abs().nan_to_num(float("inf")).max() / y.abs().max()).item()
+        for name, x, y in zip(names, *results, strict=True)
+    }
 
 
 def errors_of(case, span=48):
@@ -318,6 +383,8 @@ def interpret():
         results = {
             "cases": found,
             "wider": with_wider_tiles(),
+            "narrower": with_narrower_blocks(),
+            "overflow": of_overflow(),
             "fakes": fakes(),
             "distinct": distinct(),
             "far apart": {name: far_apart(*case) for name, case in FAR_APART.items()}
