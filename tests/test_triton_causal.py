@@ -88,10 +88,17 @@ def sums_like(state, other):
 
 
 def compare(case, device="cpu", dtype=torch.float32, norm=torch.inf):
-    """Errors of output, state and gradients, relative to the largest or to the norm."""
+    """As compare_operands, of a case."""
+    return compare_operands(*operands_of(*case, device=device, dtype=dtype), norm=norm)
+
+
+def compare_operands(operands, state=None, norm=torch.inf, least=0.01):
+    """Errors of output, state and gradients, relative to the largest or to the norm; what is removed is NaN.
+
+    Those of a gradient are relative to this share of the largest gradient at least.
+    """
     from spectraformer.ops.triton.causal import causal_landmark_attention
 
-    operands, state = operands_of(*case, device=device, dtype=dtype)
     inputs = [x for x in operands if x is not None] + ([] if state is None else [state.sums])
     names = [x for x, y in zip(NAMES, operands, strict=True) if y is not None] + ([] if state is None else ["sums"])
     doubles = [x.double().requires_grad_() for x in inputs]
@@ -99,14 +106,14 @@ def compare(case, device="cpu", dtype=torch.float32, norm=torch.inf):
     exact = [None if x is None else next(found) for x in operands]
     exact_state = None if state is None else AttentionState(state.log_scale.double(), next(found))
     shown = list(operands)
-    if "removed" in case[-1]:
-        gone = (operands[6] == float("-inf")).unsqueeze(-1)
+    if operands[6] is not None and operands[6].isneginf().any():
+        gone = operands[6].isneginf().unsqueeze(-1)
         shown[1:3] = (x.masked_fill(gone, float("nan")) for x in shown[1:3])
         inputs[1:3] = shown[1:3]
     for x in inputs:
         x.requires_grad_()
 
-    precision = "ieee" if device == "cpu" else "tf32x3"
+    precision = "tf32x3" if operands[0].is_cuda else "ieee"
     out, after = causal_landmark_attention(*shown, state=state, precision=precision)
     want, wanted = exact_attention(exact, exact_state)
     sums = sums_like(after, wanted)
@@ -117,7 +124,7 @@ def compare(case, device="cpu", dtype=torch.float32, norm=torch.inf):
     def size(x):
         return torch.linalg.vector_norm(x.double(), norm).item() / x.numel() ** (1 / norm)
 
-    floor = 0.01 * max(map(size, expected))
+    floor = least * max(map(size, expected))
     errors = {"out": size(out - want) / size(want), "sums_after": size(sums - wanted.sums) / size(wanted.sums)}
     beyond = (after.log_scale - wanted.log_scale).nan_to_num()
     errors["log_scale"] = (

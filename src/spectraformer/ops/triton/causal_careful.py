@@ -31,6 +31,19 @@ from spectraformer.ops.triton.tiles import LOG2_E, key_log_weight, load_tile, st
 
 
 @triton.jit
+def load_peak(peak_total, BLOCKS: tl.constexpr):
+    """The largest sum of features of a stretch over blocks of landmarks, and whether none is above MOST_TOTAL."""
+    most = tl.load(peak_total)
+    # Not "> MOST_TOTAL": a NaN is out of range.
+    good = most <= MOST_TOTAL
+    for block in tl.static_range(1, BLOCKS):
+        more = tl.load(peak_total + block)
+        good = good & (more <= MOST_TOTAL)
+        most = tl.maximum(most, more)
+    return most, good
+
+
+@triton.jit
 def last_beyond(query_mass, start, end, empty, SIZE: tl.constexpr):
     """The last query from start to end, SIZE at most, whose sum of weights is not in the range; -1 if there is none.
 
@@ -97,13 +110,7 @@ def careful_stretch_kernel(
     batch, head = flat // heads, flat % heads
     query_mass += flat_query * n
     peak_total += (flat_query * stretches + stretch) * BLOCKS
-    most = tl.load(peak_total)
-    # Not "> MOST_TOTAL": a NaN is out of range.
-    good = most <= MOST_TOTAL
-    for block in tl.static_range(1, BLOCKS):
-        more = tl.load(peak_total + block)
-        good = good & (more <= MOST_TOTAL)
-        most = tl.maximum(most, more)
+    most, good = load_peak(peak_total, BLOCKS)
     beyond = -1
     checked = tl.load(in_range + flat_query * stretches + stretch)
     empty = most == 0.0

@@ -15,26 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectraformer.ops.triton.causal_steep import load_vector, logits_of
-from spectraformer.ops.triton.causal_stretch_key_backward import load_queries, merge_left
-from spectraformer.ops.triton.causal_stretches import MOST_TOTAL, locate_stretch
-from spectraformer.ops.triton.causal_tiles import SIZES, finite, load_keys, log2, positive
-from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile, store_vector
-
-
-@triton.jit
-def sums_in_range(peak_total, BLOCKS: tl.constexpr):
-    """Whether no sum of features of a stretch is beyond MOST_TOTAL; a NaN is."""
-    good = tl.load(peak_total) <= MOST_TOTAL
-    for block in tl.static_range(1, BLOCKS):
-        good = good & (tl.load(peak_total + block) <= MOST_TOTAL)
-    return good
-
-
-@triton.jit
-def load_landmark(landmarks, row, landmark, element: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """One landmark in float32, rounded as for products."""
-    return load_vector(landmarks + landmark * row, D, D_PADDED).to(element).to(tl.float32)
+from spectraformer.ops.triton.causal_careful import load_peak
+from spectraformer.ops.triton.causal_steep import load_landmark, load_vector, logits_of
+from spectraformer.ops.triton.causal_steep_backward import add_queries_of_landmark, query_logit_gradient
+from spectraformer.ops.triton.causal_stretch_key_backward import merge_left
+from spectraformer.ops.triton.causal_stretches import locate_stretch
+from spectraformer.ops.triton.causal_tiles import SIZES, finite, load_keys, load_queries, log_sum_exp, positive
+from spectraformer.ops.triton.tiles import LOG2_E, load_quadratic, load_rows, load_tile, store_tile, store_vector
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -58,7 +45,8 @@ def careful_query_backward_kernel(
         tl.program_id(0), tl.num_programs(0), stretches, groups, span, middle, n, EARLY
     )
     place = flat_query * stretches + stretch
-    if sums_in_range(peak_total + place * BLOCKS, BLOCKS):
+    _most, good = load_peak(peak_total + place * BLOCKS, BLOCKS)
+    if good:
         return
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + (head * groups + group) * query_head
@@ -103,13 +91,9 @@ def careful_query_backward_kernel(
             before = tl.load(careful_log_sum + landmark)
             of_keys = logits_of(k, w) + weight
             of_queries = logits_of(q, u) + tl.load(landmark_bias + landmark) * LOG2_E
-            # Added up in the order of the forward, whose rounding the log-sums have.
-            p = of_queries[:, None] + of_keys[None, :] - normaliser[:, None]
-            p = tl.exp2(tl.where(row[None, :] <= row[:, None], p, float("-inf")))
-            past = tl.exp2(of_queries + before - normaliser)
             # Rounded as for products, as in the outputs that delta is of.
-            of_mean = tl.sum(do.to(tl.float32) * mean.to(PRODUCT).to(tl.float32)[None, :], 1)
-            ds = tl.sum(p * pairs, 1) + past * (of_mean - inner)
+            read = mean.to(PRODUCT).to(tl.float32)
+            ds = query_logit_gradient(of_queries, of_keys, before, normaliser, read, do, inner, pairs, row)
             dq += ds[:, None] * u[None, :]
             if grad_landmark_bias is not None:
                 of_bias += tl.where(every == landmark, tl.sum(ds, 0), 0.0)
@@ -120,10 +104,9 @@ def careful_query_backward_kernel(
             kept, features = tl.exp2(before - top), tl.exp2(of_keys - top)
             total = kept + tl.sum(features, 0)
             mean = kept * mean + tl.sum(features[:, None] * v.to(tl.float32), 0)
-            after = tl.where(total == 0.0, float("-inf"), top + log2(positive(total)))
             tl.debug_barrier()
             tl.store(careful_mean + landmark * E + column, mean / positive(total), mask=column < E)
-            tl.store(careful_log_sum + landmark, after)
+            tl.store(careful_log_sum + landmark, log_sum_exp(top, total))
         store_tile(grad_query + offset * D, row, D, rows, dq, D, D_PADDED)
         tl.debug_barrier()
     if grad_landmark_bias is not None:
@@ -153,7 +136,8 @@ def careful_key_backward_kernel(
         tl.program_id(0), tl.num_programs(0), stretches, 1, span, middle, n, EARLY
     )
     # Sums of features are of keys alone: those of the first query head will do.
-    if sums_in_range(peak_total + (flat * groups * stretches + stretch) * BLOCKS, BLOCKS):
+    _most, good = load_peak(peak_total + (flat * groups * stretches + stretch) * BLOCKS, BLOCKS)
+    if good:
         return
     batch, head = flat // heads, flat % heads
     query += batch * query_batch + head * groups * query_head
@@ -219,13 +203,8 @@ def careful_key_backward_kernel(
                     D, E, D_PADDED, E_PADDED, PRODUCT,
                 )  # fmt: skip
                 of_queries = logits_of(q, u) + tl.load(landmark_bias + landmark) * LOG2_E
-                # Added up in the order of the forward, whose rounding the log-sums have.
-                p = of_queries[None, :] + of_keys[:, None] - normaliser[None, :]
+                ds, dv = add_queries_of_landmark(ds, dv, of_queries, of_keys, normaliser, v, do, inner, row, PRECISION)
                 of_queries -= normaliser
-                p = tl.exp2(tl.where(row[:, None] <= row[None, :], p, float("-inf")))
-                pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :]
-                ds += tl.sum(p * pairs, 1)
-                dv = tl.dot(p.to(PRODUCT), do, dv, input_precision=PRECISION)
                 higher = tl.maximum(top, tl.max(of_queries, 0))
                 kept, p_left = tl.exp2(top - higher), tl.exp2(of_queries - higher)
                 left = kept * left + tl.sum(p_left[:, None] * do.to(tl.float32), 0)
@@ -241,9 +220,8 @@ def careful_key_backward_kernel(
             tl.store(careful_delta + landmark, left_inner)
             tl.store(careful_top + landmark, top)
         if key_quadratic is not None:
-            at_quadratic = tl.arange(0, D_PADDED)
             wide = k.to(tl.float32)
-            quadratic = tl.load(key_quadratic + at_quadratic, mask=at_quadratic < D, other=0.0)
+            quadratic = load_quadratic(key_quadratic, D, D_PADDED)
             dk += 2 * dt[:, None] * quadratic[None, :] * wide
             of_quadratic += tl.sum(dt[:, None] * wide * wide, 0)
         store_tile(grad_key + (flat * n + offset) * D, row, D, rows, dk, D, D_PADDED)

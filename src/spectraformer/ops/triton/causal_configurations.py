@@ -118,15 +118,15 @@ def choose_stretches_backward(
         head_dim: As in choose.
         landmarks: Number of landmarks m.
     """
-    if name == "sums" and landmarks > 64 and dtype != torch.float32:
+    if name == "sums" and landmarks > 64:
         # As the kernel of bidirectional keys.
         return Configuration(128, 64, 8, 3, registers=128 if head_dim <= 64 else None)
     if head_dim <= 32:
         return forward
-    if head_dim > 64 and dtype != torch.float32:
+    if head_dim > 64:
         return Configuration(64, 64, 4, 1)
     # In float16 copies of the landmarks in bfloat16 would take the room.
-    if name in ("queries", "keys") and head_dim <= 64 and forward.landmarks == 128 and dtype == torch.bfloat16:
+    if name in ("queries", "keys") and forward.landmarks == 128 and dtype == torch.bfloat16:
         # One program of twice the size a multiprocessor, for its state takes half the registers of a thread.
         return forward._replace(tokens=128, warps=8, stages=2)
     return forward._replace(stages=1)

@@ -26,7 +26,7 @@ from spectraformer.ops.triton.causal_tiles import (
     chunk_tokens,
     load_keys,
     load_landmark_weight,
-    load_normaliser,
+    load_queries,
     load_reference,
     store_zeros,
 )
@@ -177,10 +177,9 @@ def _add_queries(
     PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """What the chunk's queries of one head add to the gradients of its keys, by one block of landmarks."""
-    do = load_tile(grad, row, grad_row, rows, E, E_PADDED).to(PRODUCT)
-    normaliser = load_normaliser(query_log_sum, row, rows)
-    inner = tl.load(delta + row, mask=row < rows, other=0.0)
-    q = load_tile(query, row, query_row, rows, D, D_PADDED)
+    q, do, normaliser, inner = load_queries(
+        query, grad, query_log_sum, delta, row, rows, query_row, grad_row, D, E, D_PADDED, E_PADDED, PRODUCT
+    )
     u = load_tile(query_landmarks, landmark, D, M, D, D_PADDED)
     logits = tl.dot(u, tl.trans(q), input_precision=PRECISION) * LOG2_E
     # Added up in the order of the forward, whose rounding the log-sums have.

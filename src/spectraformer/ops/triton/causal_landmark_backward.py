@@ -46,7 +46,7 @@ def landmark_backward_kernel(
         offset = tl.cast(start, tl.int64)
         present = column < last - start
         if key_bias is not None:
-            present = load_key_bias(key_bias + start, column, last - start) != float("-inf")
+            present = load_key_bias(key_bias, start, column, last - start) != float("-inf")
         ds = tl.load(
             grad_logits + offset * M + column[:, None] * M + landmark[None, :],
             mask=(column < last - start)[:, None] & (landmark < M - block * LANDMARKS)[None, :],

@@ -148,13 +148,20 @@ def columns_of(size: int, dtype: torch.dtype) -> int:
     return padded_dim(size) if dtype == torch.float32 else max(NARROWEST, padded_dim(size))
 
 
+def padded_dims(d: int, e: int, dtype: torch.dtype) -> dict[str, int]:
+    """Columns of tiles of keys and of values."""
+    return {
+        "D_PADDED": columns_of(d, dtype),
+        "E_PADDED": columns_of(e if dtype == torch.float32 else max(d, e), dtype),
+    }
+
+
 def compile_time(
     chosen: Configuration, found: Cut, m: int, d: int, e: int, precision: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Compile-time arguments of every kernel."""
     fixed = constants(chosen, m, d, e, precision)
-    fixed["D_PADDED"] = columns_of(d, dtype)
-    fixed["E_PADDED"] = columns_of(e if dtype == torch.float32 else max(d, e), dtype)
+    fixed |= padded_dims(d, e, dtype)
     # A tile of steep chunks is of float32 and read without a pipeline.
     queries = max(16, min(found.chunk, STEEP_TILE // max(found.chunk, fixed["D_PADDED"], fixed["E_PADDED"])))
     return fixed | {
@@ -176,8 +183,7 @@ def stretch_constants(by: ByStretches, m: int, d: int, e: int, precision: str, d
         "M": m,
         "D": d,
         "E": e,
-        "D_PADDED": columns_of(d, dtype),
-        "E_PADDED": columns_of(e if dtype == torch.float32 else max(d, e), dtype),
+        **padded_dims(d, e, dtype),
         "EARLY": by.stretches.early,
         "ALL": max(16, triton.next_power_of_2(m)),
         "PRECISION": precision,

@@ -35,6 +35,12 @@ def load_vector(pointer, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def load_landmark(landmarks, row, landmark, element: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """One landmark in float32, rounded as for products."""
+    return load_vector(landmarks + landmark * row, D, D_PADDED).to(element).to(tl.float32)
+
+
+@triton.jit
 def logits_of(x, landmark):
     """Logits of a tile of rows at one landmark, units of log 2."""
     return tl.sum(x.to(tl.float32) * landmark[None, :], 1) * LOG2_E
@@ -63,10 +69,10 @@ def attend_steeply(
         scores = tl.zeros((QUERIES, TOKENS), tl.float32)
         for landmark in range(M):
             k, weight, _present = load_keys(key, key_bias, key_quadratic, start, key_row, row, end - start, D, D_PADDED)
-            w = load_vector(key_landmarks + landmark * key_landmarks_row, D, D_PADDED).to(element).to(tl.float32)
+            w = load_landmark(key_landmarks, key_landmarks_row, landmark, element, D, D_PADDED)
             of_keys = logits_of(k, w) + weight
             q = load_tile(query + offset * query_row, row_q, query_row, end - first, D, D_PADDED)
-            u = load_vector(query_landmarks + landmark * query_landmarks_row, D, D_PADDED).to(element).to(tl.float32)
+            u = load_landmark(query_landmarks, query_landmarks_row, landmark, element, D, D_PADDED)
             of_queries = logits_of(q, u) + tl.load(landmark_bias + landmark) * LOG2_E
             past = of_queries + tl.load(log_sum + landmark)
             pairs = tl.where(visible, of_queries[:, None] + of_keys[None, :], float("-inf"))

@@ -17,11 +17,37 @@ from spectraformer.ops.triton.causal_tiles import (
     SUDDEN,
     load_keys,
     load_normaliser,
+    load_queries,
     load_steepest,
     locate_sequence,
     suffix_reference,
 )
 from spectraformer.ops.triton.tiles import LOG2_E, load_rows, load_tile, store_tile
+
+
+@triton.jit
+def query_logit_gradient(of_queries, of_keys, before, normaliser, mean, do, inner, pairs, row):
+    """Of queries at one landmark: from the keys of their tile, one by one, and from the mean of those before.
+
+    The weights are added up in the order of the forward, whose rounding the log-sums have.
+    """
+    p = of_queries[:, None] + of_keys[None, :] - normaliser[:, None]
+    p = tl.exp2(tl.where(row[None, :] <= row[:, None], p, float("-inf")))
+    past = tl.exp2(of_queries + before - normaliser)
+    ds = tl.sum(p * pairs, 1)
+    return ds + past * (tl.sum(do.to(tl.float32) * mean[None, :], 1) - inner)
+
+
+@triton.jit
+def add_queries_of_landmark(ds, dv, of_queries, of_keys, normaliser, v, do, inner, row, PRECISION: tl.constexpr):
+    """What a tile of queries adds to the gradients of its keys' logits at one landmark, and of their values.
+
+    The weights are added up as in query_logit_gradient.
+    """
+    p = of_queries[None, :] + of_keys[:, None] - normaliser[None, :]
+    p = tl.exp2(tl.where(row[:, None] <= row[None, :], p, float("-inf")))
+    pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :]
+    return ds + tl.sum(p * pairs, 1), tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -87,13 +113,8 @@ def steep_query_backward_kernel(
                 o = load_vector(entering_mean + (place * M + landmark) * E, E, E_PADDED)
                 of_keys = logits_of(k, load_vector(key_landmarks + landmark * D, D, D_PADDED)) + weight
                 of_queries = logits_of(q, u) + tl.load(landmark_bias + landmark) * LOG2_E
-                # Added up in the order of the forward, whose rounding the log-sums have.
-                p = of_queries[:, None] + of_keys[None, :] - normaliser[:, None]
-                p = tl.exp2(tl.where(row[None, :] <= row[:, None], p, float("-inf")))
-                past = of_queries + tl.load(log_sum + (first_row + chunk) * M + landmark)
-                past = tl.exp2(past - normaliser)
-                ds = tl.sum(p * pairs, 1)
-                ds += past * (tl.sum(do.to(tl.float32) * o[None, :], 1) - inner)
+                before = tl.load(log_sum + (first_row + chunk) * M + landmark)
+                ds = query_logit_gradient(of_queries, of_keys, before, normaliser, o, do, inner, pairs, row)
                 dq += ds[:, None] * u[None, :]
                 if grad_landmark_bias is not None:
                     tl.store(grad_landmark_bias + piece + landmark, tl.sum(ds, 0))
@@ -176,20 +197,16 @@ def steep_key_backward_kernel(
                 for group in range(groups):
                     index = tl.cast(group, tl.int64)
                     at = (flat * groups + index) * n + start
-                    q = load_tile(
-                        query + index * query_head + offset * query_row, row, query_row, rows, D, D_PADDED
+                    q, do, normaliser, inner = load_queries(
+                        query + index * query_head + offset * query_row, grad + index * grad_head + offset * grad_row,
+                        query_log_sum + at, delta + at, row, rows, query_row, grad_row,
+                        D, E, D_PADDED, E_PADDED, PRODUCT,
                     )  # fmt: skip
-                    do = load_tile(grad + index * grad_head + offset * grad_row, row, grad_row, rows, E, E_PADDED)
                     of_queries = logits_of(q, load_vector(query_landmarks + landmark * D, D, D_PADDED))
                     of_queries += tl.load(landmark_bias + landmark) * LOG2_E
-                    normaliser = load_normaliser(query_log_sum + at, row, rows)
-                    inner = tl.load(delta + at + row, mask=row < rows, other=0.0)
-                    p = of_queries[None, :] + of_keys[:, None] - normaliser[None, :]
-                    p = tl.exp2(tl.where(row[:, None] <= row[None, :], p, float("-inf")))
-                    do = do.to(PRODUCT)
-                    pairs = tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :]
-                    ds += tl.sum(p * pairs, 1)
-                    dv = tl.dot(p.to(PRODUCT), do, dv, input_precision=PRECISION)
+                    ds, dv = add_queries_of_landmark(
+                        ds, dv, of_queries, of_keys, normaliser, v, do, inner, row, PRECISION
+                    )
                 dk += ds[:, None] * w[None, :]
                 dt += ds
                 if grad_key_logits is not None:

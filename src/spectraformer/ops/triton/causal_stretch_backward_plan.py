@@ -18,6 +18,7 @@ from spectraformer.ops.triton.causal_plan import STEEP_WARPS, ByStretches, launc
 from spectraformer.ops.triton.causal_stretch_backward import stretch_query_backward_kernel, stretch_sums_kernel
 from spectraformer.ops.triton.causal_stretch_key_backward import given_sums_kernel, stretch_key_backward_kernel
 from spectraformer.ops.triton.causal_stretch_plan import CAREFUL_TILE
+from spectraformer.ops.triton.configurations import Configuration
 from spectraformer.ops.triton.launch import Launch, strides
 
 # Landmarks of a program that finds the gradient of given sums, and its warps.
@@ -138,30 +139,29 @@ def plan_stretches_backward(
     tile = min(by.chosen.tokens, CAREFUL_TILE)
     careful = fixed | {"BLOCKS": peak_total.shape[-1], "KEY_BLOCKS": blocks, "TOKENS": tile}
     of_query_heads, of_key_heads = b * query_heads * number, b * h * number
-    launches = []
-    for kernel, programs, chosen, given, together in (
-        (stretch_sums_kernel, of_query_heads, of_sums, arguments, True),
-        (stretch_query_backward_kernel, of_query_heads, of_queries, arguments, False),
-        (stretch_key_backward_kernel, of_key_heads, of_values, arguments | dict.fromkeys(OF_KEYS), False),
-        (stretch_key_backward_kernel, of_key_heads, of_keys, arguments | {"grad_value": None}, False),
-    ):
-        count = -(-m // chosen.landmarks)
-        of_pass = fixed | {
+
+    def of_pass(chosen: Configuration, block: int = 0) -> dict[str, Any]:
+        return fixed | {
             "ONE_GROUP": groups == 1,
-            "BLOCKS": count,
+            "BLOCK": block,
+            "BLOCKS": -(-m // chosen.landmarks),
             "LANDMARKS": chosen.landmarks,
             "TOKENS": chosen.tokens,
             "STAGES": chosen.stages,
             "EVEN": key_bias is None and n % chosen.tokens == 0,
         }
-        # Blocks of landmarks are programs of one launch, or a launch each that adds to what those before left.
-        for block in range(1 if together else count):
-            constants = of_pass | {"BLOCK": block}
-            launches.append(
-                launch_of(
-                    kernel, programs * (count if together else 1), given, constants, chosen.warps, chosen.registers
-                )
-            )
+
+    constants = of_pass(of_sums)
+    programs = of_query_heads * constants["BLOCKS"]
+    launches = [launch_of(stretch_sums_kernel, programs, arguments, constants, of_sums.warps, of_sums.registers)]
+    for kernel, programs, chosen, given in (
+        (stretch_query_backward_kernel, of_query_heads, of_queries, arguments),
+        (stretch_key_backward_kernel, of_key_heads, of_values, arguments | dict.fromkeys(OF_KEYS)),
+        (stretch_key_backward_kernel, of_key_heads, of_keys, arguments | {"grad_value": None}),
+    ):
+        # Every block of landmarks adds to what those before left.
+        for block in range(-(-m // chosen.landmarks)):
+            launches.append(launch_of(kernel, programs, given, of_pass(chosen, block), chosen.warps, chosen.registers))
     launches += [
         launch_of(careful_query_backward_kernel, of_query_heads, arguments, careful, STEEP_WARPS),
         launch_of(careful_key_backward_kernel, of_key_heads, arguments, careful, STEEP_WARPS),

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from spectraformer.ops.triton.causal_stretches import locate_stretch
-from spectraformer.ops.triton.causal_tiles import SIZES, load_landmark_weight, load_normaliser, load_reference
+from spectraformer.ops.triton.causal_tiles import SIZES, load_landmark_weight, load_queries, load_reference
 from spectraformer.ops.triton.tiles import (
     LOG2_E,
     NARROW,
@@ -68,17 +68,6 @@ def merge_left(
         value += weight[:, None] * load_tile(left_value + place * E, landmark, E, M, E, E_PADDED)
         delta += weight * tl.load(left_delta + place + landmark, mask=inside, other=0.0)
     return value, delta
-
-
-@triton.jit
-def load_queries(
-    query, grad, query_log_sum, delta, row, rows, query_row, grad_row,
-    D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """A tile of queries, gradients of their outputs, their log-sum-exps and deltas; pointers are at its first row."""
-    q = load_tile(query, row, query_row, rows, D, D_PADDED)
-    do = load_tile(grad, row, grad_row, rows, E, E_PADDED).to(PRODUCT)
-    return q, do, load_normaliser(query_log_sum, row, rows), load_vector(delta, row, rows, 0.0)
 
 
 @triton.jit
@@ -206,10 +195,7 @@ def stretch_key_backward_kernel(
             rows = None
         weight, present = tl.zeros((TOKENS,), tl.float32), None
         if EVEN == 0:
-            bias = key_bias
-            if key_bias is not None:
-                bias = key_bias + start
-            weight = load_key_bias(bias, row, rows)
+            weight = load_key_bias(key_bias, start, row, rows)
             # Not "> -inf": a NaN must show.
             present = weight != float("-inf")
         if STAGES > 1:  # copied ahead all together

@@ -206,12 +206,12 @@ def stretch_kernel(
         # Before the first key: its logit.
         at = begin
         if key_bias is not None:
-            absent = tl.max(load_key_bias(key_bias + at, row, n - at), 0) == float("-inf")
+            absent = tl.max(load_key_bias(key_bias, at, row, n - at), 0) == float("-inf")
             while absent:
                 at += TOKENS
                 absent = at < end
                 if absent:
-                    absent = tl.max(load_key_bias(key_bias + at, row, n - at), 0) == float("-inf")
+                    absent = tl.max(load_key_bias(key_bias, at, row, n - at), 0) == float("-inf")
             at = tl.where(at < end, at, begin)
         _q, k, _v, bias = load_tokens(
             query, key, value, key_bias, query_row, key_row, value_row, at, n, D, E, D_PADDED, E_PADDED, TOKENS, EVEN

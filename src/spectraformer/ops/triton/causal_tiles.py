@@ -13,6 +13,7 @@ from spectraformer.ops.triton.tiles import (
     key_log_weight,
     load_key_bias,
     load_rows,
+    load_tile,
     load_vector,
     sequence_bounds,
 )
@@ -118,10 +119,7 @@ def store_zeros(pointer, SIZE: tl.constexpr):
 @triton.jit
 def load_keys(key, key_bias, key_quadratic, start, key_row, row, rows, D: tl.constexpr, D_PADDED: tl.constexpr):
     """Keys of a chunk, what every landmark adds to their logits (units of log 2), and whether each is there."""
-    bias = key_bias
-    if key_bias is not None:
-        bias = key_bias + start
-    weight = load_key_bias(bias, row, rows)
+    weight = load_key_bias(key_bias, start, row, rows)
     # Not "> -inf": a NaN must show.
     present = weight != float("-inf")
     k = load_rows(key + tl.cast(start, tl.int64) * key_row, row, key_row, present, D, D_PADDED)
@@ -164,6 +162,17 @@ def load_normaliser(query_log_sum, row, rows):
     """Log-sums of queries; inf, for weights of 0, outside and for queries without any key."""
     normaliser = load_vector(query_log_sum, row, rows, float("inf"))
     return tl.where(normaliser == float("-inf"), float("inf"), normaliser)
+
+
+@triton.jit
+def load_queries(
+    query, grad, query_log_sum, delta, row, rows, query_row, grad_row,
+    D: tl.constexpr, E: tl.constexpr, D_PADDED: tl.constexpr, E_PADDED: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, gradients of their outputs, their log-sum-exps and deltas; pointers are at its first row."""
+    q = load_tile(query, row, query_row, rows, D, D_PADDED)
+    do = load_tile(grad, row, grad_row, rows, E, E_PADDED).to(PRODUCT)
+    return q, do, load_normaliser(query_log_sum, row, rows), load_vector(delta, row, rows, 0.0)
 
 
 @triton.jit

@@ -122,13 +122,10 @@ def load_keys(
     """A tile of keys, their values and log-weights (units of log 2), -inf from ``rows`` on and where removed."""
     row = tl.arange(0, TOKENS)
     offset = tl.cast(start, tl.int64)
-    bias = key_bias
-    if key_bias is not None:
-        bias = key_bias + start
     if (key_bias is None) and (rows is None):
         weight, present = tl.zeros((TOKENS,), tl.float32), None
     else:
-        weight = load_key_bias(bias, row, rows)
+        weight = load_key_bias(key_bias, start, row, rows)
         # Not "> -inf": a NaN must show.
         present = weight != float("-inf")
     k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
@@ -185,12 +182,12 @@ def output_places(boundaries, begin, flat, heads, tokens):
 
 
 @triton.jit
-def load_key_bias(key_bias, row, rows):
-    """Bias of keys in units of log 2, -inf outside: where it is -inf, nothing of the key is to be read."""
+def load_key_bias(key_bias, start, row, rows):
+    """Bias of keys from start on, units of log 2, -inf outside: where it is -inf, nothing of the key is to be read."""
     if key_bias is None:
         bias = tl.where(row < rows, 0.0, float("-inf"))
     else:
-        bias = load_vector(key_bias, row, rows, float("-inf")) * LOG2_E
+        bias = load_vector(key_bias + start, row, rows, float("-inf")) * LOG2_E
     return bias
 
 

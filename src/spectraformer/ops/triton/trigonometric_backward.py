@@ -279,10 +279,7 @@ def trigonometric_key_backward_kernel(
     for start in tl.range(first, last, TOKENS, num_stages=STAGES):
         offset = tl.cast(start, tl.int64)
         left = last - start
-        bias = key_bias
-        if key_bias is not None:
-            bias = key_bias + start
-        bias = load_key_bias(bias, row, left)
+        bias = load_key_bias(key_bias, start, row, left)
         present = bias != float("-inf")
         k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
         v = load_rows(value + offset * value_row, row, value_row, present, E, E_PADDED)

@@ -137,10 +137,7 @@ def trigonometric_key_kernel(
     row = tl.arange(0, TOKENS)
     for start in tl.range(first, last, TOKENS, num_stages=STAGES):
         offset = tl.cast(start, tl.int64)
-        bias = key_bias
-        if key_bias is not None:
-            bias = key_bias + start
-        bias = load_key_bias(bias, row, last - start)
+        bias = load_key_bias(key_bias, start, row, last - start)
         # Not "> -inf": a NaN must show.
         present = bias != float("-inf")
         k = load_rows(key + offset * key_row, row, key_row, present, D, D_PADDED)
